@@ -1,0 +1,426 @@
+"""MLflow's view of a run, written from sealed records and never the other way round.
+
+One parent run an experiment (dataset, method, seed), one child a session, one step an epoch:
+
+    parent   params, ``test/*`` with step = session, ``result/*`` (A_base, A_last, A_avg, PD), ``budget/*``
+    child    ``train/*  evaluate/*  mine/*  compare/*  tune/*  regenerate/*  seconds/*`` with step = epoch,
+             ``images/class~<name>`` (a grid of A_k for each class, which the UI shows as a series),
+             ``tables/prompts_epoch_<k>.json`` of A_k and ``tables/verdicts_epoch_<k>.json`` on it,
+             ``adapter/epoch-<k>``, tags ``dvc.md5.e<k>.<artifact>``
+
+Every call may be made again, after a kill or on a finished run, and adds nothing twice: runs are found by
+their ``fscil.key`` tag, points carry the time at which their stage was sealed (MLflow keeps one of two equal
+points), files have names made from content, and an epoch is marked when all of it is there. Files are read
+from the results folder, times from the state. Only explicit run ids are used, no active run, so threads do
+not matter. MLflow is imported when first needed, here alone.
+"""
+
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, Field, field_validator
+
+from tasks.records import (
+    AugmentationSet,
+    AugmentedImage,
+    EpochRecord,
+    ExperimentRecord,
+    Frozen,
+    Provenance,
+    SessionRecord,
+    StageRecord,
+    Verdict,
+)
+from tasks.store import Store, read_lines
+from tasks.tracked import (
+    STAGES,
+    accuracy_metrics,
+    by_class,
+    class_of,
+    contact_sheet,
+    content_id,
+    digest_tags,
+    flat,
+    plain,
+    prompt_table,
+    provenance_tags,
+    result_metrics,
+    save_series,
+    stage_metrics,
+    verdict_table,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+log = logging.getLogger("fscil.tracking")
+
+KEY_TAG = "fscil.key"
+ERROR_TAG = "fscil.error"
+TABLES_TAG = "mlflow.loggedArtifacts"
+_TAG_LIMIT = 8000  # characters of a tag's value, as MLflow's databases hold them
+
+
+class TrackingSettings(Frozen):
+    """Where MLflow is and how much is shown there. None of it enters a fingerprint.
+
+    Raises:
+        ValueError: ``uri`` holds a password.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    enabled: bool
+    strict: bool
+    uri: str
+    experiment: str
+    artifacts: str
+    grid_images: int = Field(gt=0)
+    grid_side: int = Field(gt=0)
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, uri: str) -> str:
+        if urlsplit(uri).password is not None:
+            raise ValueError(
+                f"tracking.uri for {urlsplit(uri).hostname} holds a password, which would be shown and kept; "
+                "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return uri
+
+
+# ------------------------------------------------------------------------------------------ the tracker
+
+Args = ParamSpec("Args")
+
+
+def _guarded(
+    call: Callable[Concatenate["Tracker", Args], None],
+) -> Callable[Concatenate["Tracker", Args], None]:
+    """Skip a call when tracking is off; the one place where MLflow's failures end."""
+
+    @wraps(call)
+    def guarded(self: "Tracker", *args: Args.args, **kwargs: Args.kwargs) -> None:
+        if not self.usable:
+            return
+        try:
+            call(self, *args, **kwargs)
+        except Exception as error:  # whatever a database, a server or a disk may raise; nothing else is lost
+            if self.settings.strict:
+                raise
+            self.usable = False
+            log.warning(
+                "MLflow failed in %s (%s: %s); the run goes on without it. Run the same command again "
+                "to log what is missing, or set tracking=off",
+                call.__name__, type(error).__name__, _first_line(error),
+            )  # fmt: skip
+
+    return guarded
+
+
+class Tracker:
+    """Writes one experiment to MLflow. Switched off, every call returns at once.
+
+    MLflow being unusable does not stop a run: the first error is one warning and tracking ends for this
+    process; the same command later logs what is missing. With ``settings.strict`` the error is raised.
+    As a context manager it marks the run as failed when an error leaves the block.
+
+    Attributes:
+        run_id: MLflow's id of the parent run, None before ``start`` and when tracking is off.
+        usable: whether calls still reach MLflow.
+    """
+
+    def __init__(self, settings: TrackingSettings, store: Store, run_key: str) -> None:
+        """Nothing is opened before ``start``.
+
+        Args:
+            settings: where to log.
+            store: whose state knows when each stage was sealed.
+            run_key: dataset, method and seed.
+        """
+        self.settings = settings
+        self.store = store
+        self.run_key = run_key
+        self.run_id: str | None = None
+        self.usable = settings.enabled
+        self._key = run_key
+        self._classes: dict[int, str] = {}
+        self._experiment_id = ""
+        self._opened: MlflowClient | None = None
+
+    @classmethod
+    def of(cls, settings: TrackingSettings, store: Store, run_key: str) -> Self:
+        """The same as the constructor."""
+        return cls(settings, store, run_key)
+
+    def __enter__(self) -> Self:
+        """Nothing to open."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Record an error that leaves the block; it is not swallowed."""
+        if error is not None:
+            self.fail(error)
+
+    @_guarded
+    def start(self, config: Mapping[str, object], origin: Provenance) -> None:
+        """Find the run of this key and these settings, or create it; set it running unless it has finished.
+
+        Args:
+            config: the settings that make the result, nested; shown as params, and their digest is part of
+                the key. A param that is already there keeps its value, as MLflow demands.
+            origin: who and what makes the run; shown as tags, overwritten on every start.
+        """
+        self._key = f"{self.run_key}@{content_id(json.dumps(config, sort_keys=True, default=str))[:12]}"
+        self._experiment_id = self._open_experiment()
+        run = self._find_or_create(self._key, self.run_key, {"fscil.run": self.run_key})
+        self.run_id = run.info.run_id
+        self._log_params(run, flat(config))
+        self._log(self.run_id, tags=provenance_tags(origin))
+        self._reopen(run)
+
+    @_guarded
+    def session_start(self, index: int, initial: StageRecord[AugmentationSet] | None, folder: Path) -> None:
+        """Open the session's run and log A_0.
+
+        Args:
+            index: the session's number.
+            initial: the sealed drawing of A_0, None without a generator.
+            folder: where its images and manifest were exported.
+        """
+        child = self._child(index)
+        self._reopen(child)
+        if initial is not None:
+            self._log_set(child, initial, folder)
+
+    @_guarded
+    def epoch(self, record: EpochRecord, folder: Path) -> None:
+        """Log one sealed epoch on its session's run; nothing is done if it is logged already.
+
+        Args:
+            record: the epoch.
+            folder: its results folder.
+        """
+        child = self._child(record.session)
+        mark, digest = f"fscil.logged.e{record.epoch:03d}", content_id(record.model_dump_json())
+        if child.data.tags.get(mark) == digest:
+            return
+        self._log(child.info.run_id, self._epoch_points(child, record))
+        if record.compare is not None:
+            verdicts = read_lines(folder / record.compare.output.verdicts.name, Verdict)
+            self._log_table(
+                child, f"verdicts_epoch_{record.epoch:03d}.json", verdict_table(verdicts, self._classes)
+            )
+        if record.tune is not None and (adapter := record.tune.output.adapter) is not None:
+            target = f"adapter/epoch-{record.epoch:03d}"
+            self._client.log_artifacts(child.info.run_id, str(folder / adapter.name), target)
+        if record.regenerate is not None:
+            self._log_set(child, record.regenerate, folder)
+        self._log(child.info.run_id, tags=digest_tags(record) | {mark: digest})
+
+    @_guarded
+    def session(self, record: SessionRecord) -> None:
+        """Log a sealed session: test accuracies on its run, and on the parent with step = session."""
+        child = self._child(record.session)
+        metrics, last = accuracy_metrics(record.test.output.accuracy), max(record.epochs - 1, 0)
+        ended = self._ended(record.test)
+        for run_id, step in ((child.info.run_id, last), (self._parent, record.session)):
+            self._log(run_id, self._points(run_id, metrics, step, ended))
+        self._log(child.info.run_id, tags={"fscil.converged_because": record.converged_because})
+        self._end(child.info.run_id, "FINISHED")
+
+    @_guarded
+    def finish(self, record: ExperimentRecord) -> None:
+        """Log the experiment's summary on the parent and end it as FINISHED."""
+        self._log(self._parent, self._points(self._parent, result_metrics(record), 0, None))
+        self._end(self._parent, "FINISHED")
+
+    @_guarded
+    def fail(self, error: BaseException) -> None:
+        """End the parent and its open sessions as FAILED (KILLED on an interrupt), the error in a tag."""
+        if self.run_id is None:
+            return
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        self._log(self.run_id, tags={ERROR_TAG: f"{type(error).__name__}: {_first_line(error)}"[:500]})
+        for child in self._search(f"tags.`mlflow.parentRunId` = '{self.run_id}'"):
+            if child.info.status == "RUNNING":
+                self._end(child.info.run_id, status)
+        self._end(self.run_id, status)
+
+    # ---------------------------------------------------------------- runs
+
+    @property
+    def _client(self) -> "MlflowClient":
+        if self._opened is None:
+            self._opened = open_client(self.settings)
+        return self._opened
+
+    @property
+    def _parent(self) -> str:
+        assert self.run_id is not None, "Tracker.start comes first"
+        return self.run_id
+
+    def _open_experiment(self) -> str:
+        found = self._client.get_experiment_by_name(self.settings.experiment)
+        if found is not None:
+            return found.experiment_id
+        remote = urlsplit(self.settings.uri).scheme in ("http", "https")
+        location = None if remote else self.settings.artifacts
+        return self._client.create_experiment(self.settings.experiment, artifact_location=location)
+
+    def _search(self, condition: str) -> "list[Run]":
+        return list(self._client.search_runs([self._experiment_id], condition))
+
+    def _find_or_create(self, key: str, name: str, tags: dict[str, str]) -> "Run":
+        key = key.replace("'", "_").replace("`", "_")
+        found = self._search(f"tags.`{KEY_TAG}` = '{key}'")
+        if found:
+            return found[0]
+        return self._client.create_run(self._experiment_id, tags={KEY_TAG: key} | tags, run_name=name)
+
+    def _child(self, session: int) -> "Run":
+        name = f"session-{session:02d}"
+        tags = {"mlflow.parentRunId": self._parent, "fscil.run": self.run_key, "fscil.session": str(session)}
+        return self._find_or_create(f"{self._key}/{name}", name, tags)
+
+    def _reopen(self, run: "Run") -> None:
+        """Set a failed run running again; one that has finished stays so."""
+        if run.info.status not in ("RUNNING", "FINISHED"):
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        if ERROR_TAG in run.data.tags:
+            self._client.delete_tag(run.info.run_id, ERROR_TAG)
+
+    def _end(self, run_id: str, status: str) -> None:
+        if self._client.get_run(run_id).info.status != status:
+            self._client.set_terminated(run_id, status)
+
+    # ---------------------------------------------------------------- params, tags, points
+
+    def _log_params(self, run: "Run", params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        new = [Param(key, value) for key, value in params.items() if key not in run.data.params]
+        for begin in range(0, len(new), 100):  # MLflow takes a hundred at a time
+            self._client.log_batch(run.info.run_id, params=new[begin : begin + 100])
+
+    def _log(
+        self, run_id: str, points: Iterable["Metric"] = (), tags: Mapping[str, str] | None = None
+    ) -> None:
+        from mlflow.entities import RunTag
+
+        listed = [RunTag(key, str(value)[:_TAG_LIMIT]) for key, value in (tags or {}).items()]
+        self._client.log_batch(run_id, metrics=list(points), tags=listed)
+
+    def _points(
+        self, run_id: str, metrics: Mapping[str, float], step: int, timestamp: int | None
+    ) -> "list[Metric]":
+        """Points at a known time, which MLflow keeps once; without one, only points that are not there."""
+        from mlflow.entities import Metric
+
+        if timestamp is not None:
+            return [Metric(name, value, timestamp, step) for name, value in metrics.items()]
+        now = int(time.time() * 1000)
+        return [
+            Metric(name, value, now, step)
+            for name, value in metrics.items()
+            if all(point.step != step for point in self._client.get_metric_history(run_id, name))
+        ]
+
+    def _epoch_points(self, child: "Run", record: EpochRecord) -> "list[Metric]":
+        points: list[Metric] = []
+        metrics = stage_metrics(record)
+        for stage in STAGES:
+            if (sealed := getattr(record, stage)) is None:
+                continue
+            timing = self.store.timing(sealed)
+            seconds = {} if timing is None else {f"seconds/{stage}": timing.seconds}
+            ended = None if timing is None else timing.timestamp_ms
+            points += self._points(child.info.run_id, metrics.get(stage, {}) | seconds, record.epoch, ended)
+        return points
+
+    def _ended(self, record: StageRecord) -> int | None:
+        timing = self.store.timing(record)
+        return None if timing is None else timing.timestamp_ms
+
+    # ---------------------------------------------------------------- files
+
+    def _log_set(self, child: "Run", record: StageRecord[AugmentationSet], folder: Path) -> None:
+        """Log a set at the epoch it was drawn for: a contact sheet for each class, and its prompts."""
+        images = record.output
+        rows = read_lines(folder / images.manifest.name, AugmentedImage)
+        self._classes |= {row.label: class_of(row) for row in rows}
+        mark = f"dvc.md5.e{images.epoch:03d}.images"
+        if child.data.tags.get(mark) == images.images.digest:
+            return
+        stamp = self._ended(record) or self._logged_at(child, images.epoch) or int(time.time() * 1000)
+        with tempfile.TemporaryDirectory() as work:
+            for name, members in by_class(rows).items():
+                shown = [
+                    folder / images.images.name / row.path for row in members[: self.settings.grid_images]
+                ]
+                sheet = contact_sheet(shown, self.settings.grid_side)
+                save_series(sheet, Path(work), f"class~{plain(name)}", images, stamp)
+            self._client.log_artifacts(child.info.run_id, work, "images")
+        self._log_table(child, f"prompts_epoch_{images.epoch:03d}.json", prompt_table(rows))
+        self._log(child.info.run_id, tags={"mlflow.loggedImages": "True", mark: images.images.digest})
+
+    def _logged_at(self, child: "Run", epoch: int) -> int | None:
+        """The time in the names of an epoch's sheets, if some are there already."""
+        for file in self._client.list_artifacts(child.info.run_id, "images"):
+            found = re.search(r"\+step\+(\d+)\+timestamp\+(\d+)\+", file.path)
+            if found and int(found[1]) == epoch:
+                return int(found[2])
+        return None
+
+    def _log_table(self, child: "Run", name: str, table: Mapping[str, object]) -> None:
+        """Log a table, and tell MLflow's UI that it is one, as far as one tag can hold."""
+        with tempfile.TemporaryDirectory() as work:
+            path = Path(work, name)
+            path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+            self._client.log_artifact(child.info.run_id, str(path), "tables")
+        known = json.loads(self._client.get_run(child.info.run_id).data.tags.get(TABLES_TAG, "[]"))
+        if (entry := {"path": f"tables/{name}", "type": "table"}) not in known:
+            known.append(entry)
+        if len(text := json.dumps(known)) <= _TAG_LIMIT:
+            self._log(child.info.run_id, tags={TABLES_TAG: text})
+
+
+def open_client(settings: TrackingSettings) -> "MlflowClient":
+    """MLflow's client for these settings, with its usage reports off and short waits for a dead server."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=settings.uri)
+
+
+def run_tags(settings: TrackingSettings, run_id: str) -> dict[str, str]:
+    """The tags of any MLflow run: ``fscil.run`` and ``fscil.session`` say where its records are.
+
+    Raises:
+        ValueError: MLflow knows no run of this id.
+    """
+    client = open_client(settings)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return dict(client.get_run(run_id).data.tags)
+    except MlflowException as error:
+        raise ValueError(f"MLflow at {settings.uri} has no run {run_id!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
