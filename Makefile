@@ -1,0 +1,78 @@
+# Everything a person needs, one target each. `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATASET ?= digits
+SEEDS ?= 0,1,2,3,4
+METHODS ?= finetune,fixed_sd,guided
+STAMP := $(VENV)/.installed
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade-strategy only-if-needed \
+	  -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.PHONY: install
+install: $(STAMP) ## make the virtual environment and install everything, once
+
+.PHONY: data
+data: $(STAMP) ## materialise a dataset: make data DATASET=digits
+	@$(BIN)/python -m tasks.datasets $(DATASET)
+
+.PHONY: demo
+demo: data ## run finetune, fixed_sd and guided on digits; print a table and where to look
+	@$(BIN)/fscil dataset=digits method=$(METHODS) seed=0
+	@$(BIN)/fscil report
+	@echo
+	@echo "Gallery and tables:  reports/gallery.html  reports/table.md"
+	@echo "MLflow UI:           make ui   (then open http://127.0.0.1:5000)"
+	@echo "Every epoch:         runs/digits/guided/seed-0/session-00/epoch-000/"
+	@echo "Draw one again:      $(BIN)/fscil replay runs/digits/guided/seed-0/session-00/epoch-000"
+
+.PHONY: digits-seeds
+digits-seeds: data ## the same three methods over five seeds: make digits-seeds SEEDS=0,1,2,3,4
+	@$(BIN)/fscil dataset=digits method=$(METHODS) seed=$(SEEDS)
+	@$(BIN)/fscil report
+
+.PHONY: report
+report: $(STAMP) ## tables, curves and the gallery page from runs/ into reports/
+	@$(BIN)/fscil report
+
+.PHONY: ui
+ui: $(STAMP) ## the MLflow UI on http://127.0.0.1:5000
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db \
+	  --host 127.0.0.1 --port 5000 --workers 1
+
+.PHONY: test
+test: data ## the test suite
+	@$(BIN)/python -m pytest
+
+.PHONY: test-slow
+test-slow: data ## the tests that take minutes
+	@$(BIN)/python -m pytest -m slow
+
+.PHONY: check
+check: $(STAMP) ## ruff, the type checker and the import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+.PHONY: pretrain
+pretrain: $(STAMP) ## train the miniature's weights again (about an hour on two cores)
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[pretrain]'
+	@$(BIN)/python -m tasks.miniature.pretrain
+
+.PHONY: clean
+clean: ## remove results, reports and the resumable state
+	rm -rf runs reports .fscil mlflow.db mlartifacts

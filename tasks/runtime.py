@@ -1,0 +1,35 @@
+"""Where and how fast things run. Nothing here may change a result that is recorded as equal."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tasks.records import Frozen
+
+
+class RuntimeSettings(Frozen):
+    """Device and precision. Device is left out of every fingerprint; precision is part of the generator's."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    threads: int | None
+    state: Path
+    runs: Path
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device to compute on.
+
+        Raises:
+            ValueError: ``cuda`` was asked for and there is none.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("runtime.device=cuda, but torch sees no CUDA device; use runtime.device=cpu")
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+    def apply(self) -> None:
+        """Set the number of intra-op threads, if one is given."""
+        if self.threads is not None and torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
