@@ -1,0 +1,1 @@
+"""The downstream classifier's parts: backbone, prototypes, training, predictions (paper, Settings)."""

@@ -1,0 +1,158 @@
+"""Fine-tune backbone and head by cross entropy: Adam 2e-4, cosine annealing (paper, Experiment Settings).
+
+The learning rate is a pure function of progress through this call, so each epoch of the paper's loop, which
+brings new generated pictures, is one cosine from the full rate to zero. Nothing here draws from global
+state: order and augmentation come from ``seed``, and the backbone stays in evaluation mode, so that dropout
+and stochastic depth, which have no generator of their own, are off.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import affine_grid, cross_entropy, grid_sample, normalize
+
+from tasks.records import Frozen
+from tasks.seeding import torch_generator
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+
+class TrainingSettings(Frozen):
+    """How long, how fast and on what variations.
+
+    Attributes:
+        passes: Over the data in one call; 0 trains nothing.
+        batch: Pictures a step.
+        learning_rate: Adam's, at progress 0.
+        freeze: ``backbone`` trains the head's rows alone.
+        rotate: Largest random rotation in degrees, either way.
+        scale: Largest random change of scale, as a share: 0.1 is 0.9 to 1.1.
+        shift: Largest random shift, as a share of the side, either way.
+    """
+
+    passes: int = Field(ge=0)
+    batch: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    freeze: Literal["none", "backbone"]
+    rotate: float = Field(ge=0, le=180)
+    scale: float = Field(ge=0, lt=1)
+    shift: float = Field(ge=0, lt=1)
+
+
+class CosineHead(nn.Module):
+    """Logits = temperature * cosine of features [n, d] and rows [k, d]."""
+
+    def __init__(self, rows: Tensor, temperature: float) -> None:
+        """Start at ``rows`` [k, d], copied."""
+        super().__init__()
+        self.rows = nn.Parameter(rows.detach().clone())
+        self.temperature = temperature
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[n, d] to [n, k]."""
+        return self.temperature * normalize(features, dim=1) @ normalize(self.rows, dim=1).T
+
+
+def cosine_rate(progress: float) -> float:
+    """Cosine annealing: share of the learning rate at ``progress`` in [0, 1]; 1 at 0, 1/2 halfway, 0 at 1.
+
+    Raises:
+        ValueError: ``progress`` lies outside.
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress lies in [0, 1], got {progress}")
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def fit(
+    backbone: nn.Module,
+    head: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    settings: TrainingSettings,
+    seed: int,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Train in place.
+
+    Args:
+        backbone: [n, 3, s, s] in [0, 1] to [n, d].
+        head: [n, d] to [n, k].
+        images: [n, 3, s, s] in [0, 1], on the CPU.
+        labels: int64 [n] in [0, k).
+        weights: [n], of each picture in the loss; positive.
+        settings: See there.
+        seed: Of order and augmentation.
+        progress: Told after each step.
+
+    Returns:
+        Mean weighted cross entropy of each pass.
+
+    Raises:
+        ValueError: No pictures, or the loss is no longer finite.
+    """
+    if len(images) == 0:
+        raise ValueError("there is nothing to train on: the set of pictures is empty")
+    device = next(head.parameters()).device
+    parameters = _trainable(backbone, head, settings)
+    adam = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    steps = settings.passes * math.ceil(len(images) / settings.batch)
+    losses: list[float] = []
+    done = 0
+    for a_pass in range(settings.passes):
+        generator = torch_generator(seed, a_pass)
+        total = torch.zeros((), device=device)
+        for chosen in _batches(len(images), settings.batch, generator):
+            for group in adam.param_groups:
+                group["lr"] = settings.learning_rate * cosine_rate(done / steps)
+            batch = vary(images[chosen], settings, generator).to(device)
+            each = cross_entropy(head(backbone(batch)), labels[chosen].to(device), reduction="none")
+            summed = (each * weights[chosen].to(device)).sum()
+            adam.zero_grad(set_to_none=True)
+            (summed / weights[chosen].sum().to(device)).backward()
+            adam.step()
+            total += summed.detach()
+            done += 1
+            if progress is not None:
+                progress(done, steps)
+        losses.append(_finite(float(total) / float(weights.sum()), a_pass))
+    backbone.requires_grad_(True)
+    return losses
+
+
+def vary(images: Tensor, settings: TrainingSettings, generator: torch.Generator) -> Tensor:
+    """Rotate, scale and shift each of [n, 3, s, s] at random; the border's colour fills what comes in."""
+    if settings.rotate == settings.scale == settings.shift == 0:
+        return images
+    draw = torch.rand(4, len(images), generator=generator) * 2 - 1
+    angle = draw[0] * math.radians(settings.rotate)
+    zoom = 1 / (1 + draw[1] * settings.scale)
+    shift = draw[2:] * settings.shift * 2  # affine_grid's side is 2 long
+    rows = torch.stack(
+        [angle.cos() * zoom, -angle.sin() * zoom, shift[0], angle.sin() * zoom, angle.cos() * zoom, shift[1]],
+        1,
+    )
+    grid = affine_grid(rows.view(-1, 2, 3), list(images.shape), align_corners=False)
+    return grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _trainable(backbone: nn.Module, head: nn.Module, settings: TrainingSettings) -> list[nn.Parameter]:
+    backbone.eval()
+    backbone.requires_grad_(settings.freeze == "none")
+    return [p for p in (*backbone.parameters(), *head.parameters()) if p.requires_grad]
+
+
+def _batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    return iter(torch.randperm(n, generator=generator).split(size))
+
+
+def _finite(loss: float, a_pass: int) -> float:
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} after pass {a_pass}; lower learner's learning_rate")
+    return loss

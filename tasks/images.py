@@ -1,0 +1,235 @@
+"""Pictures in and out: files of any common kind to float tensors, tensors to PNG, grids, data URLs.
+
+Everywhere in this project an image is a float32 tensor [3, h, w] with values in [0, 1], sRGB as stored;
+a batch is [n, 3, h, w]. Models normalise for themselves.
+"""
+
+import base64
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MAX_PIXELS = 64_000_000
+"""Larger files are refused before they are decoded."""
+
+STORED_BYTES = 65_535
+"""Pictures up to this many raw bytes are written uncompressed: then no zlib version enters their bytes."""
+
+
+class UnreadableImageError(ValueError):
+    """A file that is not a picture, is damaged, too large, or of a kind without a plain meaning."""
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+def load_image(path: Path, size: int | None) -> Tensor:
+    """Read one picture as RGB.
+
+    Greyscale and palettes become RGB, transparency is laid on white, 16-bit values are scaled,
+    CMYK is converted, the EXIF orientation is applied, of an animation the first frame is taken.
+
+    Args:
+        path: A picture file.
+        size: Side of the result: the centre square, resampled bicubically. None keeps the picture's own.
+
+    Returns:
+        float32 [3, h, w] in [0, 1].
+
+    Raises:
+        UnreadableImageError: Names the path and what is wrong with it.
+    """
+    picture = _open_rgb(path)
+    if size is not None and picture.size != (size, size):
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture, dtype=np.float32) / 255.0).permute(2, 0, 1).contiguous()
+
+
+def load_images(paths: Sequence[Path], size: int) -> Tensor:
+    """Read pictures of one side length: float32 [n, 3, size, size] in [0, 1]; n may be 0."""
+    if not paths:
+        return torch.zeros(0, 3, size, size)
+    return torch.stack([load_image(path, size) for path in paths])
+
+
+def _open_rgb(path: Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                _refuse_huge(path, picture.size)
+                picture.load()
+                return _to_rgb(path, ImageOps.exif_transpose(picture))
+    except UnreadableImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(path) from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise UnreadableImageError(
+            f"cannot read the image {path}: {reason}; replace or remove the file"
+        ) from error
+
+
+def _refuse_huge(path: Path, size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise _too_large(path)
+
+
+def _too_large(path: Path) -> UnreadableImageError:
+    return UnreadableImageError(
+        f"cannot read the image {path}: it has more than {MAX_PIXELS:,} pixels; make it smaller"
+    )
+
+
+def _to_rgb(path: Path, picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        picture = _from_16_bit(path, picture)
+    elif picture.mode == "F":
+        raise UnreadableImageError(
+            f"cannot read the image {path}: floating-point pixels have no fixed range; save it with 8 bits"
+        )
+    if picture.has_transparency_data:
+        seen = picture.convert("RGBA")
+        ground = Image.new("RGBA", seen.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, seen).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _from_16_bit(path: Path, picture: Image.Image) -> Image.Image:
+    values = np.asarray(picture).astype(np.int64)
+    if values.min() < 0 or values.max() > 65_535:
+        raise UnreadableImageError(
+            f"cannot read the image {path}: it has values up to {values.max()}; save it with 8 bits"
+        )
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """Round [0, 1] floats of any shape to uint8; values outside are clamped.
+
+    Raises:
+        ValueError: A value is not a number.
+    """
+    if not torch.isfinite(image).all():
+        raise ValueError("an image holds NaN or infinite values and cannot be written")
+    return (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """Encode [3, h, w] or [1, h, w] in [0, 1] as PNG without metadata.
+
+    Small pictures are stored uncompressed, so that their bytes, hence their digests, are the same on any
+    machine; larger ones are compressed, hence the same for one version of Pillow.
+
+    Raises:
+        ValueError: The shape is not [1 or 3, h, w].
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
+        raise ValueError(f"an image must have the shape [3, h, w] or [1, h, w], got {list(image.shape)}")
+    pixels = to_uint8(image).permute(1, 2, 0).contiguous().numpy()
+    height, width, channels = pixels.shape
+    if height * (width * channels + 1) <= STORED_BYTES:
+        return _stored_png(pixels)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Write :func:`png_bytes` of [3, h, w] or [1, h, w]; the folder must exist."""
+    path.write_bytes(png_bytes(image))
+
+
+def _stored_png(pixels: np.ndarray) -> bytes:
+    """PNG (ISO 15948) of uint8 [h, w, 1 or 3]: no filter, and one stored deflate block (RFC 1951, 3.2.4)."""
+    height, width, channels = pixels.shape
+    rows = np.zeros((height, 1 + width * channels), np.uint8)  # each row opens with its filter: 0, none
+    rows[:, 1:] = pixels.reshape(height, -1)
+    raw = rows.tobytes()
+    block = b"\x01" + struct.pack("<HH", len(raw), len(raw) ^ 0xFFFF) + raw
+    stream = b"\x78\x01" + block + struct.pack(">I", zlib.adler32(raw))
+    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", stream), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, body) for kind, body in chunks)
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def to_data_url(image: Tensor | Path, max_side: int) -> str:
+    """A picture as ``data:image/png;base64,...``, scaled down so that no side exceeds ``max_side``.
+
+    Args:
+        image: [3, h, w] or [1, h, w] in [0, 1], or a picture file.
+        max_side: At least 1, in pixels; smaller pictures stay as they are.
+
+    Raises:
+        ValueError: ``max_side`` < 1, a wrong shape, or an unreadable file.
+    """
+    if max_side < 1:
+        raise ValueError(f"max_side must be at least 1, got {max_side}")
+    pixels = load_image(image, None) if isinstance(image, Path) else image
+    longest = max(pixels.shape[-2:])
+    if longest > max_side:
+        target = [max(1, round(side * max_side / longest)) for side in pixels.shape[-2:]]
+        pixels = torch.nn.functional.interpolate(
+            pixels.float()[None], target, mode="bicubic", antialias=True, align_corners=False
+        )[0]
+    return "data:image/png;base64," + base64.b64encode(png_bytes(pixels)).decode("ascii")
+
+
+# ---------------------------------------------------------------------------------------- arranging
+
+
+def grid(images: Tensor, columns: int, pad: int) -> Tensor:
+    """Lay pictures out in rows, ``pad`` white pixels between and around them.
+
+    Args:
+        images: [n, c, h, w] in [0, 1], n >= 1.
+        columns: At least 1; fewer pictures make a narrower grid. The last row is filled with white.
+        pad: At least 0.
+
+    Returns:
+        [c, rows * (h + pad) + pad, columns * (w + pad) + pad].
+
+    Raises:
+        ValueError: No image, or ``columns`` or ``pad`` out of range.
+    """
+    if images.ndim != 4 or len(images) == 0 or columns < 1 or pad < 0:
+        raise ValueError(
+            f"a grid needs images [n >= 1, c, h, w], columns >= 1 and pad >= 0, "
+            f"got {list(images.shape)}, columns={columns}, pad={pad}"
+        )
+    n, c, h, w = images.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    sheet = images.new_ones(c, rows * (h + pad) + pad, columns * (w + pad) + pad)
+    for i, image in enumerate(images):
+        top, left = pad + (i // columns) * (h + pad), pad + (i % columns) * (w + pad)
+        sheet[:, top : top + h, left : left + w] = image
+    return sheet
+
+
+def to_greyscale(images: Tensor) -> Tensor:
+    """Luma of ITU-R BT.601: [..., 3, h, w] in [0, 1] to [..., 1, h, w] in [0, 1].
+
+    Raises:
+        ValueError: The images do not have three channels.
+    """
+    if images.ndim < 3 or images.shape[-3] != 3:
+        raise ValueError(f"to_greyscale takes [..., 3, h, w], got {list(images.shape)}")
+    weights = images.new_tensor([0.299, 0.587, 0.114])
+    return (images * weights[:, None, None]).sum(-3, keepdim=True)

@@ -1,0 +1,1 @@
+"""Downstream classifiers that learn session by session, all behind one protocol (``base.Learner``)."""

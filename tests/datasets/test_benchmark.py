@@ -1,0 +1,230 @@
+import itertools
+import shutil
+
+import pytest
+import torch
+
+from tasks.datasets.benchmark import DatasetError, DatasetSettings, build_benchmark, load_refs
+from tasks.images import UnreadableImageError, save_png
+from tasks.store import digest_of
+
+NAMES = ("ant", "bee", "cat", "dog", "elk", "fox")
+
+
+def settings(root, **changes):
+    values = {
+        "name": "toy",
+        "root": root,
+        "n_base": 2,
+        "n_way": 2,
+        "k_shot": 2,
+        "n_sessions": 2,
+        "base_shots": 5,
+        "test_per_class": 3,
+        "holdout": 0.2,
+        "class_order": None,
+        "class_names": None,
+        "size": 8,
+        "split_seed": 0,
+    } | changes
+    return DatasetSettings.model_validate(values)
+
+
+def fill(folder, count, seed):
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(count):
+        save_png(torch.rand(3, 8, 8, generator=generator), folder / f"{i}.png")
+
+
+@pytest.fixture
+def split_root(tmp_path):
+    for label, name in enumerate(NAMES):
+        fill(tmp_path / "pets" / "train" / name, 7, seed=label)
+        fill(tmp_path / "pets" / "test" / name, 4, seed=100 + label)
+    return tmp_path / "pets"
+
+
+@pytest.fixture
+def flat_root(tmp_path):
+    for label, name in enumerate(NAMES):
+        fill(tmp_path / "flat" / name, 10, seed=label)
+    return tmp_path / "flat"
+
+
+# ------------------------------------------------------------------------------ what is cut
+
+
+def test_counts_of_every_session(split_root):
+    sessions = build_benchmark(settings(split_root)).sessions
+    assert [(len(s.train), len(s.val), len(s.test)) for s in sessions] == [(8, 2, 6), (4, 0, 12), (4, 0, 18)]
+    assert [s.new_classes for s in sessions] == [(0, 1), (2, 3), (4, 5)]
+    assert [s.seen_classes for s in sessions] == [(0, 1), (0, 1, 2, 3), tuple(range(6))]
+    assert [s.val_rule for s in sessions] == ["holdout", "leave_one_out", "leave_one_out"]
+
+
+def test_tests_are_cumulative_and_cover_the_seen_classes(split_root):
+    sessions = build_benchmark(settings(split_root)).sessions
+    for before, after in itertools.pairwise(sessions):
+        assert set(before.test) < set(after.test)
+    for session in sessions:
+        assert {image.label for image in session.test} == set(session.seen_classes)
+        assert {image.label for image in session.train} == set(session.new_classes)
+
+
+@pytest.mark.parametrize("layout", ["split_root", "flat_root"])
+def test_no_picture_has_two_roles(layout, request):
+    sessions = build_benchmark(settings(request.getfixturevalue(layout), test_per_class=2)).sessions
+    learned = [image.id for s in sessions for image in (*s.train, *s.val)]
+    tested = {image.id for image in sessions[-1].test}
+    assert len(learned) == len(set(learned))
+    assert not tested & set(learned)
+
+
+def test_references_hold_relative_paths_and_digests(split_root):
+    for image in build_benchmark(settings(split_root)).sessions[0].train:
+        assert digest_of(split_root / image.path) == image.digest
+        assert "/" not in image.id
+
+
+def test_the_split_depends_on_its_seed_and_not_on_the_place(split_root, tmp_path):
+    shutil.copytree(split_root, tmp_path / "elsewhere")
+    here, there = (build_benchmark(settings(r)) for r in (split_root, tmp_path / "elsewhere"))
+    assert here == there
+    assert here != build_benchmark(settings(split_root, split_seed=1))
+
+
+def test_fewer_shots_are_a_subset_of_more(split_root):
+    one, two = (build_benchmark(settings(split_root, k_shot=k)).sessions[1].train for k in (1, 2))
+    assert set(one) < set(two)
+
+
+def test_a_flat_folder_sets_a_fifth_aside(flat_root):
+    chosen = settings(flat_root, test_per_class=None, base_shots=None)
+    base = build_benchmark(chosen).sessions[0]
+    assert (len(base.train), len(base.val), len(base.test)) == (12, 4, 4)
+
+
+def test_plain_classification_has_one_session(flat_root):
+    assert len(build_benchmark(settings(flat_root, n_sessions=0, n_base=6, test_per_class=2)).sessions) == 1
+
+
+def test_at_least_one_is_held_out_and_one_is_left_to_train(split_root):
+    base = build_benchmark(settings(split_root, base_shots=2, holdout=0.01)).sessions[0]
+    assert (len(base.train), len(base.val)) == (2, 2)
+    base = build_benchmark(settings(split_root, base_shots=2, holdout=0.99)).sessions[0]
+    assert (len(base.train), len(base.val)) == (2, 2)
+
+
+def test_class_order_and_names(split_root):
+    benchmark = build_benchmark(
+        settings(split_root, class_order=NAMES[::-1], class_names={"fox": "red fox", "elk": "moose"})
+    )
+    assert benchmark.class_names == ("red fox", "moose", "dog", "cat", "bee", "ant")
+    assert {image.path.split("/")[1] for image in benchmark.sessions[0].train} == {"fox", "elk"}
+
+
+def test_underscores_are_blanks_in_prompts(flat_root):
+    (flat_root / "ant").rename(flat_root / "army_ant")
+    assert build_benchmark(settings(flat_root, test_per_class=2)).class_names[0] == "army ant"
+
+
+def test_hidden_and_other_files_are_passed_over(split_root):
+    before = build_benchmark(settings(split_root))
+    (split_root / "train" / "ant" / ".DS_Store").write_text("x")
+    (split_root / "train" / "ant" / "notes.txt").write_text("x")
+    (split_root / "train" / "empty").mkdir()
+    assert build_benchmark(settings(split_root)) == before
+
+
+def test_load_refs_gives_images_and_labels(split_root):
+    chosen = settings(split_root)
+    images, labels = load_refs(split_root, build_benchmark(chosen).sessions[0].train, chosen.size)
+    assert images.shape == (8, 3, 8, 8)
+    assert labels.tolist() == [0] * 4 + [1] * 4
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+
+def refused(message, root, **changes):
+    with pytest.raises(DatasetError, match=message):
+        build_benchmark(settings(root, **changes))
+
+
+def test_missing_folder(tmp_path):
+    refused(r"no data at .*nowhere: run `make data DATASET=toy`.*dataset\.root=", tmp_path / "nowhere")
+
+
+def test_empty_folder(tmp_path):
+    refused("holds no class folder with pictures", tmp_path)
+
+
+def test_half_a_split(split_root):
+    shutil.rmtree(split_root / "test")
+    refused(r"has train/ but no test/", split_root)
+
+
+def test_too_few_classes(split_root):
+    refused(r"has 6 classes, but n_base=2 \+ n_way=2 x n_sessions=3 needs 8", split_root, n_sessions=3)
+
+
+def test_one_base_class(split_root):
+    refused("n_base=1: the base session needs at least 2", split_root, n_base=1)
+
+
+def test_too_few_training_pictures(split_root):
+    refused("'ant' has 7 training pictures .* but 8 are needed", split_root, base_shots=8)
+    refused("'cat' has 7 training pictures .* but 9 are needed", split_root, k_shot=9)
+
+
+def test_a_base_class_of_one_picture(split_root):
+    for path in sorted((split_root / "train" / "bee").iterdir())[1:]:
+        path.unlink()
+    refused("'bee' has 1 training pictures .* but 2 are needed", split_root, base_shots=None)
+
+
+def test_too_few_test_pictures(split_root):
+    refused("'ant' has 4 test pictures .* but 5 are needed", split_root, test_per_class=5)
+
+
+def test_class_without_test_folder(split_root):
+    shutil.rmtree(split_root / "test" / "bee")
+    refused("'bee' has 0 test pictures", split_root, test_per_class=None)
+
+
+def test_unreadable_picture_is_named(split_root):
+    victim = split_root / build_benchmark(settings(split_root)).sessions[2].train[0].path
+    victim.write_bytes(b"ruined")
+    with pytest.raises(UnreadableImageError, match=f"{victim.parent.name}/{victim.name}"):
+        build_benchmark(settings(split_root))
+
+
+def test_two_classes_of_one_name(split_root):
+    refused(
+        "'ant' and 'bee' have one name, 'insect'", split_root, class_names={"ant": "Insect", "bee": "insect"}
+    )
+
+
+def test_unusable_name(split_root):
+    refused("'ant' has the name 'a/b'", split_root, class_names={"ant": "a/b"})
+
+
+def test_class_order_names_no_folder(split_root):
+    refused("names 'yak', but", split_root, class_order=("ant", "yak"))
+
+
+def test_class_order_repeats(split_root):
+    refused("names 'ant' twice", split_root, class_order=("ant", "bee", "ant", "cat", "dog", "elk"))
+
+
+def test_a_test_picture_among_the_training_pictures(split_root):
+    base = build_benchmark(settings(split_root)).sessions[0]
+    shutil.copy(split_root / base.train[0].path, split_root / base.test[0].path)
+    refused(r"test/ant/\d\.png \(test\) is the same picture as train/ant/\d\.png \(training\)", split_root)
+
+
+def test_one_picture_under_two_labels(split_root):
+    base = build_benchmark(settings(split_root)).sessions[0]
+    shutil.copy(split_root / base.train[0].path, split_root / base.train[-1].path)
+    refused(r"train/bee/\d\.png \(training\) is the same picture as train/ant/\d\.png", split_root)

@@ -1,0 +1,207 @@
+import base64
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tasks.images import (
+    UnreadableImageError,
+    grid,
+    load_image,
+    load_images,
+    png_bytes,
+    save_png,
+    to_data_url,
+    to_greyscale,
+    to_uint8,
+)
+
+RED = torch.tensor([1.0, 0.0, 0.0])
+
+
+def pixel(path, y=0, x=0):
+    return load_image(path, None)[:, y, x]
+
+
+def save(picture, path, **options):
+    picture.save(path, **options)
+    return path
+
+
+def test_rgb_png_round_trip_is_exact(tmp_path):
+    image = torch.randint(0, 256, (3, 7, 5), generator=torch.Generator().manual_seed(0)) / 255
+    save_png(image, tmp_path / "a.png")
+    loaded = load_image(tmp_path / "a.png", None)
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded, image)
+
+
+def test_greyscale_becomes_three_equal_channels(tmp_path):
+    path = save(Image.new("L", (4, 3), 51), tmp_path / "a.png")
+    assert torch.allclose(load_image(path, None), torch.full((3, 3, 4), 0.2))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white(tmp_path, mode):
+    colour = (0, 0, 0, 0) if mode == "RGBA" else (0, 0)
+    path = save(Image.new(mode, (2, 2), colour), tmp_path / "a.png")
+    assert torch.equal(pixel(path), torch.ones(3))
+
+
+def test_half_transparent_red_is_pink(tmp_path):
+    path = save(Image.new("RGBA", (2, 2), (255, 0, 0, 51)), tmp_path / "a.png")
+    assert torch.allclose(pixel(path), torch.tensor([1.0, 0.8, 0.8]), atol=1 / 255)
+
+
+def test_palette_with_transparent_entry(tmp_path):
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([255, 0, 0, 0, 0, 255] + [0] * 762)
+    picture.putdata([0, 1])
+    path = save(picture, tmp_path / "a.png", transparency=1)
+    assert torch.equal(pixel(path, 0, 0), RED)
+    assert torch.equal(pixel(path, 0, 1), torch.ones(3))
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 32768, 65535]], dtype=np.uint16)
+    path = save(Image.fromarray(values), tmp_path / "a.png")
+    assert torch.allclose(load_image(path, None)[0, 0], torch.tensor([0.0, 0.5, 1.0]), atol=1 / 255)
+
+
+def test_cmyk_is_converted(tmp_path):
+    path = save(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "a.tif")
+    assert torch.equal(pixel(path), RED)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    picture = Image.new("RGB", (16, 8), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise to view
+    path = save(picture, tmp_path / "a.jpg", exif=exif)
+    assert load_image(path, None).shape == (3, 16, 8)
+
+
+def test_size_takes_the_centre_square(tmp_path):
+    picture = Image.new("RGB", (30, 10), (0, 0, 255))
+    picture.paste((255, 0, 0), (10, 0, 20, 10))
+    image = load_image(save(picture, tmp_path / "a.png"), 10)
+    assert image.shape == (3, 10, 10)
+    assert torch.equal(image[:, 5, 5], RED)
+
+
+def test_load_images_of_nothing_is_an_empty_batch(tmp_path):
+    assert load_images([], 8).shape == (0, 3, 8, 8)
+
+
+def damaged(path, kind):
+    whole = png_bytes(torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0)))
+    body = {"empty": b"", "text": b"not a picture", "truncated": whole[:2000]}[kind]
+    path.write_bytes(body)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated"])
+def test_damaged_file_is_refused_by_name(tmp_path, kind):
+    path = damaged(tmp_path / "broken.png", kind)
+    with pytest.raises(UnreadableImageError, match=r"cannot read the image .*broken\.png"):
+        load_image(path, 8)
+
+
+def test_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(UnreadableImageError, match=r"gone\.png: no such file"):
+        load_image(tmp_path / "gone.png", 8)
+
+
+@pytest.mark.parametrize("side", [8_001, 10_000, 60_000])
+def test_decompression_bomb_is_refused_before_decoding(tmp_path, side):
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    idat = b"IDAT" + zlib.compress(b"\0")
+    data = struct.pack(">I", len(idat) - 4) + idat + struct.pack(">I", zlib.crc32(idat))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + data)
+    with pytest.raises(UnreadableImageError, match=r"bomb\.png: it has more than 64,000,000 pixels"):
+        load_image(tmp_path / "bomb.png", 8)
+
+
+def test_float_pixels_are_refused(tmp_path):
+    path = save(Image.new("F", (4, 4), 0.5), tmp_path / "a.tif")
+    with pytest.raises(UnreadableImageError, match="no fixed range"):
+        load_image(path, None)
+
+
+@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 28, 28), (3, 200, 200)])
+def test_png_is_standard_and_the_same_twice(shape):
+    image = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1)) / 255
+    data = png_bytes(image)
+    assert data == png_bytes(image.clone())
+    picture = Image.open(io.BytesIO(data))
+    picture.verify()
+    assert picture.info == {}
+    decoded = np.atleast_3d(np.array(Image.open(io.BytesIO(data)))).transpose(2, 0, 1)
+    assert np.array_equal(decoded, to_uint8(image).numpy())
+
+
+def test_small_png_bytes_are_pinned():
+    image = torch.arange(12).view(3, 2, 2) / 11
+    assert zlib.crc32(png_bytes(image)) == 2657101675  # its pixels are checked above
+
+
+def test_to_uint8_rounds_and_clamps():
+    values = torch.tensor([-0.1, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 1.5])
+    assert to_uint8(values).tolist() == [0, 0, 0, 1, 255, 255]
+
+
+def test_to_uint8_refuses_nan():
+    with pytest.raises(ValueError, match="NaN"):
+        to_uint8(torch.tensor([0.5, float("nan")]))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (4, 4), (3, 0, 4)])
+def test_png_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match="must have the shape"):
+        png_bytes(torch.zeros(shape))
+
+
+def test_grid_places_images_row_by_row_on_white():
+    images = torch.stack([torch.full((1, 2, 3), value) for value in (0.1, 0.2, 0.3)])
+    sheet = grid(images, columns=2, pad=1)
+    assert sheet.shape == (1, 7, 9)
+    assert torch.equal(sheet[:, 1:3, 5:8], images[1])
+    assert torch.equal(sheet[:, 4:6, 1:4], images[2])
+    assert torch.equal(sheet[:, 4:6, 5:8], torch.ones(1, 2, 3))
+    assert torch.equal(sheet[:, :, 0], torch.ones(1, 7))
+
+
+def test_grid_is_no_wider_than_its_images():
+    assert grid(torch.zeros(2, 3, 4, 4), columns=10, pad=0).shape == (3, 4, 8)
+
+
+@pytest.mark.parametrize(("n", "columns", "pad"), [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
+def test_grid_refuses_nonsense(n, columns, pad):
+    with pytest.raises(ValueError, match="a grid needs"):
+        grid(torch.zeros(n, 3, 4, 4), columns, pad)
+
+
+def decoded(url):
+    head, body = url.split(",")
+    assert head == "data:image/png;base64"
+    return Image.open(io.BytesIO(base64.b64decode(body)))
+
+
+def test_data_url_scales_down_only(tmp_path):
+    image = torch.zeros(3, 20, 40)
+    assert decoded(to_data_url(image, 10)).size == (10, 5)
+    assert decoded(to_data_url(image, 100)).size == (40, 20)
+    save_png(image, tmp_path / "a.png")
+    assert to_data_url(tmp_path / "a.png", 100) == to_data_url(image, 100)
+
+
+def test_greyscale_weights_sum_to_one():
+    assert torch.allclose(to_greyscale(torch.ones(2, 3, 4, 4)), torch.ones(2, 1, 4, 4))
+    assert torch.allclose(to_greyscale(RED.view(3, 1, 1)), torch.tensor(0.299))
+    with pytest.raises(ValueError, match="takes"):
+        to_greyscale(torch.ones(1, 4, 4))
