@@ -32,11 +32,10 @@ def save_tiny_vit(folder: Path, **changes: object) -> BackboneSettings:
         ) in network.parameters():  # the initial patch projection is near zero: all pictures alike
             torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else None
     config = {
-        "architecture": "timm.VisionTransformer",
+        "architecture": "timm.models.vision_transformer.VisionTransformer",
         "arguments": ARGUMENTS,
         "mean": [0.5, 0.5, 0.5],
         "std": [0.25, 0.25, 0.25],
-        "size": 16,
     } | changes
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(network.state_dict(), folder / "model.safetensors")

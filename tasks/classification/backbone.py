@@ -6,8 +6,8 @@ Three sources of weights, never random ones:
     checkpoint: <file>.safetensors  weights of the timm model ``name``
     checkpoint: <folder>            config.json and model.safetensors; a ViT of this project's own
 
-``config.json`` holds ``architecture`` ("timm.VisionTransformer"), ``arguments`` (of that class), ``mean``,
-``std`` and ``size``.
+``config.json`` holds ``architecture`` (timm's VisionTransformer, by any path to it), ``arguments`` of that
+class with ``img_size`` among them, ``mean`` and ``std``.
 """
 
 import json
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tasks.records import Frozen
 
-ARCHITECTURE = "timm.VisionTransformer"
+ARCHITECTURE = "VisionTransformer"
 
 
 class CheckpointError(ValueError):
@@ -97,7 +97,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     else:
         raise CheckpointError(
             f"no such checkpoint: {path}; name a folder, a .safetensors file, or null for timm's own weights "
-            f"with learner.backbone.checkpoint="
+            f"with classifier.checkpoint="
         )
     return backbone.eval()
 
@@ -113,7 +113,7 @@ def _published(settings: BackboneSettings) -> Backbone:
         raise CheckpointError(
             f"no such checkpoint: the weights of {settings.name!r} are neither cached nor can be fetched "
             f"({type(error).__name__}); fetch them once with a network, or name a file with "
-            f"learner.backbone.checkpoint="
+            f"classifier.checkpoint="
         ) from error
     return _with_timm_statistics(settings, network)
 
@@ -127,7 +127,7 @@ def _from_file(settings: BackboneSettings, path: Path) -> Backbone:
 
 def _refuse_unknown(name: str) -> None:
     if not timm.is_model(name.split(".")[0]):
-        raise CheckpointError(f"timm has no model {name!r}; choose another learner.backbone.name")
+        raise CheckpointError(f"timm has no model {name!r}; choose another classifier.name")
 
 
 def _timm_model(settings: BackboneSettings, pretrained: bool) -> nn.Module:
@@ -142,15 +142,16 @@ def _with_timm_statistics(settings: BackboneSettings, network: nn.Module) -> Bac
 
 def _from_folder(settings: BackboneSettings, folder: Path) -> Backbone:
     config = _read_config(folder / "config.json")
-    if config["architecture"] != ARCHITECTURE:
+    if str(config["architecture"]).rpartition(".")[2] != ARCHITECTURE:
         raise CheckpointError(
             f"{folder / 'config.json'} has the architecture {config['architecture']!r}; "
-            f"only {ARCHITECTURE!r} is read"
+            f"only timm's {ARCHITECTURE} is read"
         )
-    if config["size"] != settings.size:
+    side = config["arguments"].get("img_size", 224)
+    if side != settings.size:
         raise CheckpointError(
-            f"the checkpoint {folder} takes pictures of side {config['size']}, but learner.backbone.size="
-            f"{settings.size}; set it to {config['size']}"
+            f"the checkpoint {folder} takes pictures of side {side}, but classifier.size={settings.size}; "
+            f"set it to {side}"
         )
     with _own_randomness():
         network = VisionTransformer(**{**config["arguments"], "num_classes": 0})
@@ -163,7 +164,7 @@ def _read_config(path: Path) -> dict:
         raise CheckpointError(f"no such checkpoint: {path} is missing")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"architecture", "arguments", "mean", "std", "size"} - config.keys()
+        missing = {"architecture", "arguments", "mean", "std"} - config.keys()
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not the description of a classifier: {error}") from error
     if missing:

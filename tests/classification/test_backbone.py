@@ -73,12 +73,12 @@ def test_unknown_timm_model():
 
 def test_another_size(tmp_path):
     settings = save_tiny_vit(tmp_path).model_copy(update={"size": 24})
-    with pytest.raises(CheckpointError, match=r"side 16, but learner\.backbone\.size=24"):
+    with pytest.raises(CheckpointError, match=r"side 16, but classifier\.size=24"):
         load_backbone(settings)
 
 
 def test_another_architecture(tmp_path):
-    with pytest.raises(CheckpointError, match=r"'ResNet'; only 'timm\.VisionTransformer'"):
+    with pytest.raises(CheckpointError, match=r"'ResNet'; only timm's VisionTransformer"):
         load_backbone(save_tiny_vit(tmp_path, architecture="ResNet"))
 
 
