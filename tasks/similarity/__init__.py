@@ -1,0 +1,1 @@
+"""How alike two images are (SSIM), and what follows from it: centres, clusters, hardest negatives."""
