@@ -399,8 +399,9 @@ class Tracker:
 
 
 def open_client(settings: TrackingSettings) -> "MlflowClient":
-    """MLflow's client for these settings, with its usage reports off and short waits for a dead server."""
+    """MLflow's client, told to send no usage reports, say little and not wait long for a dead server."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient
 

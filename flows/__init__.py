@@ -1,0 +1,4 @@
+"""The workflows: an experiment is sessions, a session is epochs, an epoch is six tasks.
+
+Read :mod:`flows.epoch` first.
+"""

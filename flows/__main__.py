@@ -1,0 +1,148 @@
+"""The command line: ``fscil`` and ``python -m flows``.
+
+    fscil dataset=digits method=guided seed=0 [any Hydra override ...]
+    fscil dataset=digits method=finetune,fixed_sd,guided seed=0,1,2      every combination, one after another
+    fscil replay runs/digits/guided/seed-0/session-00/epoch-000          draw an epoch again and compare
+    fscil report                                                         tables, curves and the gallery
+
+Exit codes: 0 done; 1 a run failed or a replay differs; 2 the command or a setting is wrong; 130 interrupted.
+"""
+
+import itertools
+import os
+import socket
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rich.console import Console
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+SWEPT = ("dataset", "method", "seed")
+
+console = Console(stderr=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, run what it says, return the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0 if arguments else EXIT_USAGE
+    choose_prefect_server()
+    commands = {"replay": _replay, "report": _report}
+    try:
+        return commands[arguments[0]](arguments[1:]) if arguments[0] in commands else _run(arguments)
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing sealed is lost - the same command goes on from here")
+        return EXIT_INTERRUPTED
+
+
+def choose_prefect_server() -> None:
+    """Use the Prefect server that pyproject.toml names if it listens; else let Prefect start its own.
+
+    Must run before Prefect is imported. A server of its own keeps its database in the state folder.
+    """
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    if "PREFECT_API_URL" in os.environ:
+        return
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    url = tomllib.loads(project.read_text("utf-8"))["tool"]["prefect"]["api"]["url"] if project.is_file() else ""
+    if not url or not _listens(url):
+        os.environ["PREFECT_API_URL"] = ""
+        os.environ.setdefault("PREFECT_HOME", str(Path(".fscil/prefect").resolve()))
+    else:
+        os.environ["PREFECT_API_URL"] = url
+
+
+def _listens(url: str) -> bool:
+    parts = urlsplit(url)
+    try:
+        with socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 80), timeout=0.5):
+            return True
+    except OSError:
+        return False
+
+
+def expand(arguments: Sequence[str]) -> list[list[str]]:
+    """Every combination of comma-separated datasets, methods and seeds, other overrides kept.
+
+    Raises:
+        ValueError: an argument that is not ``name=value``.
+    """
+    axes = []
+    for argument in arguments:
+        name, sign, value = argument.partition("=")
+        if not sign:
+            raise ValueError(f"{argument!r} is neither a command nor an override name=value; see fscil --help")
+        axes.append([f"{name}={one}" for one in value.split(",")] if name in SWEPT else [argument])
+    return [list(combination) for combination in itertools.product(*axes)]
+
+
+def _run(arguments: Sequence[str]) -> int:
+    from flows.config import ConfigError, load_config
+
+    try:
+        combinations = expand(arguments)
+        configs = [load_config(combination) for combination in combinations]
+    except (ConfigError, ValueError) as error:
+        return _fail(error, EXIT_USAGE)
+    from flows.experiment import fscil
+    from flows.report import print_table
+
+    records = []
+    for combination, config in zip(combinations, configs, strict=True):
+        chosen = dict(item.split("=", 1) for item in combination if item.partition("=")[0] in SWEPT)
+        rest = [item for item in combination if item.partition("=")[0] not in SWEPT]
+        console.rule(f"{config.dataset.name} · {config.method} · seed {config.seed}")
+        try:
+            records.append(fscil(chosen.get("dataset", "digits"), config.method, config.seed, rest))
+        except _known_errors() as error:
+            return _fail(error, EXIT_FAILED)
+    print_table(records, config.runtime.state)
+    return 0
+
+
+def _replay(arguments: Sequence[str]) -> int:
+    from flows.replay import replay
+
+    if len(arguments) != 1:
+        return _fail(ValueError("replay takes one epoch folder: fscil replay runs/.../session-00/epoch-000"), EXIT_USAGE)
+    try:
+        report = replay(Path(arguments[0]))
+    except _known_errors() as error:
+        return _fail(error, EXIT_USAGE)
+    print(report.sentence())
+    return 0 if report.equal else EXIT_FAILED
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from flows.report import build
+
+    runs, out, state = (Path(name) for name in (*arguments, *("runs", "reports", ".fscil")[len(arguments) :]))
+    for path in build(runs, out, state):
+        print(path)
+    return 0
+
+
+def _known_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is for the user; anything else is a fault of ours and keeps its traceback."""
+    from flows.experiment import RunError
+    from flows.replay import ReplayError
+    from tasks.store import StoreError
+    from tasks.vlm.client import VlmError
+
+    return (ValueError, RunError, ReplayError, StoreError, VlmError, OSError)
+
+
+def _fail(error: Exception, code: int) -> int:
+    console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

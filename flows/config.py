@@ -1,0 +1,140 @@
+"""ExperimentConfig: the settings that each noun owns, gathered; composed by Hydra, then frozen.
+
+Hydra composes once, at the start of an experiment, from ``configs/``; pydantic validates. After that
+only frozen models are passed. YAML holds the values: nothing here has a default.
+"""
+
+import difflib
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError
+
+from flows.convergence import StoppingSettings
+from tasks.augmentation import AugmenterSettings
+from tasks.classification.backbone import BackboneSettings
+from tasks.datasets.benchmark import DatasetSettings
+from tasks.diffusion.generator import GeneratorSettings
+from tasks.diffusion.tuning import TuningSettings
+from tasks.learners.factory import LearnerSettings
+from tasks.records import Frozen
+from tasks.runtime import RuntimeSettings
+from tasks.similarity.selection import MiningSettings
+from tasks.tracking import TrackingSettings
+from tasks.vlm.client import VlmSettings
+
+PROJECT = Path(__file__).resolve().parent.parent
+CONFIGS = PROJECT / "configs"
+
+_COMPOSING = threading.Lock()  # Hydra's global state is not thread-safe
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message names it and what would be right."""
+
+
+class ExperimentConfig(Frozen):
+    """One dataset, method and seed."""
+
+    method: str
+    seed: int = Field(ge=0)
+    dataset: DatasetSettings
+    classifier: BackboneSettings
+    learner: LearnerSettings
+    augmenter: AugmenterSettings
+    generator: GeneratorSettings
+    vlm: VlmSettings
+    mining: MiningSettings
+    tuning: TuningSettings
+    stopping: StoppingSettings
+    runtime: RuntimeSettings
+    tracking: TrackingSettings
+
+    @property
+    def run_key(self) -> str:
+        """``<dataset>/<method>/seed-<n>``: the run's name and its folder below runtime.runs."""
+        return f"{self.dataset.name}/{self.method}/seed-{self.seed}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes a result: everything but where and how it runs and who watches."""
+        return self.model_dump(mode="json", exclude={"runtime", "tracking"})
+
+
+def load_config(overrides: Sequence[str]) -> ExperimentConfig:
+    """Compose and validate one experiment's settings.
+
+    Args:
+        overrides: Hydra overrides such as ``dataset=digits``, ``method=guided``, ``tuning.updates=20``.
+
+    Raises:
+        ConfigError: an unknown group, choice or key, or a value of the wrong type; the message names it.
+    """
+    try:
+        with _COMPOSING, initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_hydra_sentence(error, overrides)) from error
+    assert isinstance(composed, dict), "the primary config is a mapping"
+    try:
+        return ExperimentConfig.model_validate(composed)
+    except ValidationError as error:
+        raise ConfigError(_pydantic_sentence(error)) from error
+
+
+def choices(group: str) -> list[str]:
+    """The names that a config group offers."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Which settings changed between two configs, as ``name: old -> new``."""
+    changed = []
+    for key in sorted({*old, *new}):
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            changed += differences(a, b, f"{name}.")
+        elif a != b:
+            changed.append(f"{name}: {a!r} -> {b!r}")
+    return changed
+
+
+def _hydra_sentence(error: Exception, overrides: Sequence[str]) -> str:
+    text = " ".join(str(error).split())
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if (CONFIGS / key).is_dir() and value not in choices(key):
+            return f"{key}={value} is unknown; {key} is one of: {', '.join(choices(key))}"
+        if f"'{key}'" in text or key in text:
+            return f"override {override!r} does not fit the configuration{_nearest(key)}. {text}"
+    return text
+
+
+def _nearest(key: str) -> str:
+    known = [name for name in _all_keys(ExperimentConfig) if "." in name or "=" not in name]
+    near = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _all_keys(model: type[Frozen], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Frozen):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _pydantic_sentence(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors(include_url=False):
+        name = ".".join(str(step) for step in item["loc"])
+        given = "" if item["type"] == "missing" or isinstance(item["input"], Mapping) else f" (got {item['input']!r})"
+        parts.append(f"{name}: {item['msg']}{given}")
+    return "; ".join(parts)

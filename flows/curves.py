@@ -1,0 +1,99 @@
+"""Accuracy after each session, all classes on the left, base against novel on the right; a row a dataset."""
+
+import io
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tasks.records import SessionAccuracy
+
+if TYPE_CHECKING:
+    from flows.report import Run
+
+Measure = Callable[[SessionAccuracy], float | None]
+Point = tuple[int, float, float]
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f", "#a6761d")
+"""Told apart by colour-blind eyes too (Okabe and Ito, then three more); the tenth method starts over."""
+
+
+def draw(runs: "Sequence[Run]", kind: Literal["png", "svg"], *, dark: bool) -> bytes:
+    """Draw all finished and unfinished sessions; the same runs give the same bytes.
+
+    Args:
+        runs: runs in the table's order.
+        kind: file format.
+        dark: light strokes for a dark page; the background stays transparent.
+    """
+    datasets = list(dict.fromkeys(run.dataset for run in runs))
+    with rc_context(_style(dark)):
+        figure = Figure(figsize=(9.6, 3.6 * len(datasets)), layout="constrained")
+        axes = figure.subplots(len(datasets), 2, squeeze=False)
+        for (left, right), dataset in zip(axes, datasets, strict=True):
+            _dataset(left, right, [run for run in runs if run.dataset == dataset])
+            left.set_title(f"{dataset}: all classes seen")
+            right.set_title("base (solid) and novel (dashed)")
+        out = io.BytesIO()
+        plain = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+        figure.savefig(out, format=kind, dpi=160, metadata=plain, transparent=kind == "svg")
+    return out.getvalue()
+
+
+def _style(dark: bool) -> dict[Any, Any]:
+    ink = "#e8e8e8" if dark else "#222222"
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    return {
+        **dict.fromkeys(names, ink),
+        "svg.hashsalt": "fscil",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+        "axes.grid": True,
+        "grid.alpha": 0.2,
+    }
+
+
+def _dataset(left: Axes, right: Axes, runs: "list[Run]") -> None:
+    methods = list(dict.fromkeys(run.method for run in runs))
+    for place, method in enumerate(methods):
+        members = [run for run in runs if run.method == method]
+        colour = _COLOURS[place % len(_COLOURS)]
+        _line(left, points(members, lambda s: s.overall), colour, "-", method)
+        _line(right, points(members, lambda s: s.base), colour, "-", None)
+        _line(right, points(members, lambda s: s.novel), colour, "--", None)
+    for axes in (left, right):
+        axes.set_xlabel("session")
+        axes.set_ylim(0, 100)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.set_ylabel("accuracy, %")
+    if left.get_legend_handles_labels()[0]:
+        left.legend(loc="lower left", fontsize="small")
+
+
+def points(runs: "Sequence[Run]", measure: Measure) -> list[Point]:
+    """Session, mean and sample standard deviation over seeds, in percent; only sessions that have a value."""
+    values: dict[int, list[float]] = {}
+    for run in runs:
+        for session in run.sessions:
+            if (value := measure(session.test.output.accuracy)) is not None:
+                values.setdefault(session.session, []).append(100 * value)
+    return [
+        (session, statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0)
+        for session, found in sorted(values.items())
+    ]
+
+
+def _line(axes: Axes, line: list[Point], colour: str, dashes: str, label: str | None) -> None:
+    if not line:
+        return
+    sessions, means, spreads = zip(*line, strict=True)
+    axes.plot(sessions, means, dashes, color=colour, marker="o", markersize=4, label=label)
+    if any(spreads):
+        low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
+        high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+        axes.fill_between(sessions, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -1,0 +1,191 @@
+"""One experiment: a dataset, a method and a seed, all FSCIL sessions. The flow that deployments start."""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from filelock import Timeout
+from prefect import flow
+
+from flows.config import ExperimentConfig, differences, load_config
+from flows.session import run_session
+from tasks.context import EpochContext
+from tasks.datasets.benchmark import build_benchmark
+from tasks.loading import backbone_digest, generator_digest
+from tasks.miniature.vlm_server import serve_miniature
+from tasks.provenance import provenance
+from tasks.records import (
+    ArtifactRef,
+    Benchmark,
+    Digest,
+    ExperimentRecord,
+    Frozen,
+    LoopState,
+    SessionRecord,
+    StageRecord,
+    Usage,
+)
+from tasks.store import StageFolder, Store, read_json, write_json
+from tasks.tracking import Tracker
+from tasks.vlm.factory import check_vlm
+
+SPLIT_VERSION = 1
+
+
+class RunError(RuntimeError):
+    """The run cannot start or go on; the message says why and what to do."""
+
+
+class Split(Frozen):
+    """The benchmark, sealed: training views without a test image, and test views handed out only to seal."""
+
+    class_names: tuple[str, ...]
+    train: tuple[ArtifactRef, ...]
+    test: tuple[ArtifactRef, ...]
+
+
+@flow(name="fscil", flow_run_name="{dataset} · {method} · seed {seed}", persist_result=False)
+def fscil(
+    dataset: str = "digits", method: str = "guided", seed: int = 0, overrides: list[str] | None = None
+) -> ExperimentRecord:
+    """Run one experiment, or the rest of it.
+
+    Args:
+        dataset: a name in configs/dataset.
+        method: a name in configs/method - a row of the tables.
+        seed: the run's seed.
+        overrides: any Hydra overrides, e.g. ``["tuning.updates=20"]``.
+
+    Raises:
+        ConfigError: a wrong setting.
+        RunError: the run is in progress elsewhere, or its folder was written with other settings.
+    """
+    config = load_config([f"dataset={dataset}", f"method={method}", f"seed={seed}", *(overrides or [])])
+    return run_experiment(config)
+
+
+def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
+    """Check everything that can be wrong, then run the sessions in order, skipping what is sealed."""
+    store, folder = Store(config.runtime.state), config.runtime.runs / config.run_key
+    with _held(store, config.run_key):
+        _same_settings(folder / "config.json", config)
+        split = seal_split(store, config)
+        with ExitStack() as stack:
+            vlm_url = stack.enter_context(check_vlm(config.vlm, serve_miniature)) if config.augmenter.asks_vlm else None
+            write_json(folder / "config.json", config.identity)
+            origin = provenance(
+                config.identity,
+                data_digest=str(split.inputs["benchmark"]),
+                weights={"backbone": backbone_digest(config.learner.backbone), "generator": generator_digest(config.generator)},
+                command=tuple(sys.argv),
+            )
+            write_json(store.root / "runs" / config.run_key / "provenance.json", origin)
+            tracker = stack.enter_context(Tracker.of(config.tracking, store, config.run_key))
+            tracker.start(config.identity, origin)
+            sessions = _run_sessions(config, split.output, folder, vlm_url, tracker)
+            record = summarise(config, split.output, sessions)
+            write_json(folder / "experiment.json", record)
+            tracker.finish(record)
+    return record
+
+
+def _run_sessions(
+    config: ExperimentConfig, split: Split, folder: Path, vlm_url: str | None, tracker: Tracker
+) -> list[SessionRecord]:
+    state, sessions = LoopState(), []
+    for index, (train_ref, test_ref) in enumerate(zip(split.train, split.test, strict=True)):
+        context = EpochContext(
+            run=config.run_key,
+            seed=config.seed,
+            session=index,
+            epoch=0,
+            session_ref=train_ref,
+            start=state,
+            class_names=split.class_names,
+            n_base=config.dataset.n_base,
+            dataset=config.dataset,
+            runtime=config.runtime,
+        )
+        session_folder = folder / f"session-{index:02d}"
+        session = run_session(config, index, context, test_ref, session_folder, vlm_url, tracker)
+        sessions.append(session)
+        state = session.end
+    return sessions
+
+
+def seal_split(store: Store, config: ExperimentConfig) -> StageRecord[Split]:
+    """Cut the dataset into sessions and seal them, test images apart."""
+    benchmark = build_benchmark(config.dataset)
+
+    def compute(work: StageFolder) -> Split:
+        train, test = [], []
+        for session in benchmark.sessions:
+            for view, refs, name in (
+                (session.model_copy(update={"test": ()}), train, "train"),
+                (session.model_copy(update={"train": (), "val": ()}), test, "test"),
+            ):
+                file = f"session-{session.index:02d}-{name}.json"
+                write_json(work.path / file, view)
+                refs.append(work.ref(file, "session"))
+        return Split(class_names=benchmark.class_names, train=tuple(train), test=tuple(test))
+
+    return store.run(
+        "split",
+        SPLIT_VERSION,
+        settings={"dataset": config.dataset.name},
+        inputs={"benchmark": _benchmark_digest(benchmark)},
+        seed=0,
+        output=Split,
+        compute=compute,
+    )
+
+
+def _benchmark_digest(benchmark: Benchmark) -> Digest:
+    text = benchmark.model_dump_json()
+    return Digest(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def summarise(config: ExperimentConfig, split: Split, sessions: list[SessionRecord]) -> ExperimentRecord:
+    """The experiment's record: all counts and the whole budget."""
+    return ExperimentRecord(
+        run=config.run_key,
+        dataset=config.dataset.name,
+        method=config.method,
+        seed=config.seed,
+        class_names=split.class_names,
+        n_base=config.dataset.n_base,
+        sessions=tuple(session.test.output.accuracy for session in sessions),
+        images_drawn=sum(session.images_drawn for session in sessions),
+        usage=Usage(
+            calls=sum(session.usage.calls for session in sessions),
+            prompt_tokens=sum(session.usage.prompt_tokens for session in sessions),
+            completion_tokens=sum(session.usage.completion_tokens for session in sessions),
+        ),
+        epochs=sum(session.epochs for session in sessions),
+    )
+
+
+@contextmanager
+def _held(store: Store, key: str) -> Iterator[None]:
+    lock = store.run_lock(key)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(f"{key} is already running in another process; wait for it or stop it") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _same_settings(path: Path, config: ExperimentConfig) -> None:
+    if not path.is_file():
+        return
+    changed = differences(read_json(path), config.identity)
+    if changed:
+        raise RunError(
+            f"{path.parent} was written with other settings ({'; '.join(changed)}). "
+            f"Move or delete that folder, or set runtime.runs= to another one"
+        )

@@ -1,0 +1,127 @@
+"""Stage 2, evaluate (paper: Method Overview; Evaluation Metrics).
+
+Reads:   the classifier, the session's validation images, augmentation set A_k.
+Returns: Evaluation - predictions and integer counts per class.
+Writes:  predictions.jsonl
+
+:func:`evaluate_test` seals a session: it alone is handed the test images, after the last epoch, and
+what it returns goes into the session's record and nowhere else.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from torch import Tensor
+
+from tasks.classification.metrics import predictions_from_logits
+from tasks.context import EpochContext
+from tasks.learners.factory import LearnerSettings
+from tasks.loading import (
+    augmented_images,
+    augmented_tensors,
+    backbone_digest,
+    learner_for,
+    learner_identity,
+    load_session,
+    originals,
+    session_of,
+    training_data,
+)
+from tasks.records import (
+    ArtifactRef,
+    AugmentedImage,
+    Evaluation,
+    ImageRef,
+    Prediction,
+    Session,
+    SessionAccuracy,
+    StageRecord,
+    TestEvaluation,
+)
+from tasks.store import StageFolder, write_lines
+
+VERSION = 1
+
+
+@task(name="evaluate", cache_policy=NO_CACHE, persist_result=False)
+def evaluate(
+    context: EpochContext, classifier: ArtifactRef, learner: LearnerSettings
+) -> StageRecord[Evaluation]:
+    """Predict the validation images (or the shots under leave-one-out) and A_k."""
+
+    def compute(work: StageFolder) -> Evaluation:
+        session = session_of(context)
+        model = learner_for(context, learner, classifier)
+        if session.val_rule == "leave_one_out":
+            logits = model.predict_shots(training_data(context, session), session.seen_classes)
+        else:
+            logits = model.predict(originals(context, session.val), session.seen_classes)
+        val = _predictions(session.validation, logits, session)
+        generated = augmented_images(context)
+        aug: list[Prediction] = []
+        if generated:
+            logits = model.predict(augmented_tensors(context, generated), session.seen_classes)
+            aug = _predictions(generated, logits, session)
+        write_lines(work.path / "predictions.jsonl", [*val, *aug])
+        return Evaluation(
+            predictions=work.ref("predictions.jsonl", "predictions"),
+            validation=SessionAccuracy.of(context.session, context.n_base, val),
+            augmented=SessionAccuracy.of(context.session, context.n_base, aug),
+        )
+
+    augmentation = context.start.augmentation
+    return context.store.run(
+        "evaluate",
+        VERSION,
+        settings={"learner": learner_identity(learner), "size": context.dataset.size},
+        inputs={
+            "session": context.session_ref.digest,
+            "classifier": classifier.digest,
+            "backbone": backbone_digest(learner.backbone),
+            "images": augmentation.images.digest if augmentation else None,
+            "manifest": augmentation.manifest.digest if augmentation else None,
+        },
+        seed=0,
+        output=Evaluation,
+        compute=compute,
+    )
+
+
+@task(name="evaluate_test", cache_policy=NO_CACHE, persist_result=False)
+def evaluate_test(
+    context: EpochContext,
+    test_ref: ArtifactRef,
+    classifier: ArtifactRef,
+    learner: LearnerSettings,
+) -> StageRecord[TestEvaluation]:
+    """Count the test predictions of a finished session, once."""
+
+    def compute(work: StageFolder) -> TestEvaluation:
+        session = load_session(context.store, test_ref)
+        model = learner_for(context, learner, classifier)
+        logits = model.predict(originals(context, session.test), session.seen_classes)
+        predictions = _predictions(session.test, logits, session)
+        write_lines(work.path / "test-predictions.jsonl", predictions)
+        return TestEvaluation(
+            predictions=work.ref("test-predictions.jsonl", "predictions"),
+            accuracy=SessionAccuracy.of(context.session, context.n_base, predictions),
+        )
+
+    return context.store.run(
+        "evaluate_test",
+        VERSION,
+        settings={"learner": learner_identity(learner), "size": context.dataset.size},
+        inputs={"test": test_ref.digest, "classifier": classifier.digest, "backbone": backbone_digest(learner.backbone)},
+        seed=0,
+        output=TestEvaluation,
+        compute=compute,
+    )
+
+
+def _predictions(
+    images: Sequence[ImageRef] | Sequence[AugmentedImage], logits: Tensor, session: Session
+) -> list[Prediction]:
+    labels = torch.tensor([image.label for image in images])
+    return predictions_from_logits([image.id for image in images], labels, logits, session.seen_classes)

@@ -1,0 +1,116 @@
+"""What verbs read: sealed references become sessions, tensors, learners and generators.
+
+Heavy objects are built once per process and reused by every stage and session.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tasks.classification.backbone import BackboneSettings
+from tasks.context import EpochContext
+from tasks.diffusion.generator import GeneratorSettings, StableDiffusion, weights_digest
+from tasks.images import load_images
+from tasks.learners.base import Learner, TrainingData
+from tasks.learners.factory import LearnerSettings, make_learner
+from tasks.records import ArtifactRef, AugmentedImage, Digest, ImageRef, Session
+from tasks.store import Store, digest_of, read_lines
+
+
+def load_session(store: Store, ref: ArtifactRef) -> Session:
+    """Read a sealed session."""
+    return Session.model_validate_json(store.locate(ref).read_text(encoding="utf-8"))
+
+
+def session_of(context: EpochContext) -> Session:
+    """The context's session, which holds no test image."""
+    return load_session(context.store, context.session_ref)
+
+
+def original_paths(context: EpochContext, images: Sequence[ImageRef]) -> list[Path]:
+    """Files of original images."""
+    return [context.data_root / image.path for image in images]
+
+
+def originals(context: EpochContext, images: Sequence[ImageRef]) -> Tensor:
+    """Original images as one tensor [n, 3, size, size] in [0, 1]."""
+    return load_images(original_paths(context, images), context.dataset.size)
+
+
+def augmented_images(context: EpochContext) -> list[AugmentedImage]:
+    """The rows of A_k, empty if there is none."""
+    augmentation = context.start.augmentation
+    return read_lines(context.store.locate(augmentation.manifest), AugmentedImage) if augmentation else []
+
+
+def augmented_paths(context: EpochContext, images: Sequence[AugmentedImage]) -> list[Path]:
+    """Files of generated images of A_k."""
+    augmentation = context.start.augmentation
+    assert augmentation is not None, "the epoch has no generated images"
+    folder = context.store.locate(augmentation.images)
+    return [folder / image.path for image in images]
+
+
+def augmented_tensors(context: EpochContext, images: Sequence[AugmentedImage], size: int | None = None) -> Tensor:
+    """Generated images as one tensor [n, 3, size, size] in [0, 1]."""
+    return load_images(augmented_paths(context, images), size or context.dataset.size)
+
+
+def training_data(context: EpochContext, session: Session) -> TrainingData:
+    """The session's originals, then A_k."""
+    images, labels = originals(context, session.train), [image.label for image in session.train]
+    generated = augmented_images(context)
+    if generated:
+        images = torch.cat([images, augmented_tensors(context, generated)])
+        labels += [image.label for image in generated]
+    is_generated = torch.arange(len(labels)) >= len(session.train)
+    return TrainingData(images=images, labels=torch.tensor(labels), is_generated=is_generated)
+
+
+def learner_for(context: EpochContext, learner: LearnerSettings, classifier: ArtifactRef | None = None) -> Learner:
+    """A learner with the given weights, or those the epoch starts from, or the pre-trained ones."""
+    context.runtime.apply()
+    model = make_learner(learner, len(context.class_names), context.runtime.torch_device)
+    if (weights := classifier or context.start.classifier) is not None:
+        model.load(context.store.locate(weights))
+    return model
+
+
+def learner_identity(learner: LearnerSettings) -> dict[str, object]:
+    """What of the learner's settings changes its result; the path of the pre-trained weights does not."""
+    return learner.model_dump(exclude={"backbone": {"checkpoint"}})
+
+
+@lru_cache(maxsize=4)
+def backbone_digest(backbone: BackboneSettings) -> Digest:
+    """The content id of the pre-trained weights: of the local checkpoint, or of the pinned name."""
+    if backbone.checkpoint is not None:
+        return digest_of(Path(backbone.checkpoint))
+    return Digest(f"timm:{backbone.name}")
+
+
+@lru_cache(maxsize=1)
+def _generator(settings: GeneratorSettings, device: str) -> StableDiffusion:
+    return StableDiffusion.from_settings(settings, torch.device(device))
+
+
+def generator_for(context: EpochContext, settings: GeneratorSettings, adapter: ArtifactRef | None) -> StableDiffusion:
+    """The generator with an adapter attached, or with none."""
+    context.runtime.apply()
+    generator = _generator(settings, str(context.runtime.torch_device))
+    generator.use_adapter(context.store.locate(adapter) if adapter else None)
+    return generator
+
+
+@lru_cache(maxsize=4)
+def generator_digest(settings: GeneratorSettings) -> Digest:
+    """The content id of the base generator's weights."""
+    return weights_digest(settings.path)
+
+
+def generator_identity(settings: GeneratorSettings) -> dict[str, object]:
+    """What of the generator's settings changes its images; the path does not, the batch shape does."""
+    return settings.model_dump(exclude={"path", "revision"})

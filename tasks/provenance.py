@@ -1,0 +1,63 @@
+"""Who and what made a run: git commit, package versions, digests of config, data and weights.
+
+A file beside the records, never inside them, so that equal work has equal records whichever commit did it.
+"""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tasks.records import Provenance
+from tasks.store import canonical
+
+PACKAGES = (
+    "torch", "torchvision", "timm", "diffusers", "peft", "transformers", "openai", "prefect", "mlflow", "dvc",
+    "hydra-core", "numpy", "pillow", "safetensors",
+)  # fmt: skip
+
+
+def provenance(
+    config: Mapping[str, object], *, data_digest: str, weights: Mapping[str, str], command: tuple[str, ...]
+) -> Provenance:
+    """Describe the code and its inputs as they are now."""
+    text = json.dumps(canonical(config), sort_keys=True)
+    commit, dirty = _git_state()
+    return Provenance(
+        git_commit=commit,
+        git_dirty=dirty,
+        packages=_versions(),
+        config_digest=hashlib.sha256(text.encode()).hexdigest(),
+        data_digest=data_digest,
+        weights_digests=dict(weights),
+        command=command,
+    )
+
+
+@lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@lru_cache(maxsize=1)
+def _git_state() -> tuple[str | None, bool | None]:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit, bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=30)
+    return done.stdout.strip()

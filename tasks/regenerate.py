@@ -1,0 +1,140 @@
+"""Stage 6, regenerate (paper: Implementation Details; Eq. 4).
+
+Reads:   the slots of the next set (prompts and what they double), adapter k+1.
+Returns: AugmentationSet - references to the images and to the manifest that can draw them again.
+Writes:  images/<class name>/<slot>.png  manifest.jsonl, shard by shard, so that a kill loses at most one shard
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from tqdm import tqdm
+
+from tasks.augmentation import AugmenterSettings, Slot, first_slots, image_id, next_slots
+from tasks.context import EpochContext
+from tasks.diffusion.generator import GeneratorSettings
+from tasks.images import save_png
+from tasks.loading import augmented_images, generator_digest, generator_for, generator_identity, session_of
+from tasks.records import ArtifactRef, AugmentationSet, AugmentedImage, StageRecord, Verdict
+from tasks.seeding import seed_for
+from tasks.store import StageFolder, digest_of, fingerprint, read_lines, write_lines
+
+VERSION = 1
+
+
+@task(name="regenerate", cache_policy=NO_CACHE, persist_result=False)
+def regenerate(
+    context: EpochContext,
+    epoch: int,
+    augmenter: AugmenterSettings,
+    generator: GeneratorSettings,
+    adapter: ArtifactRef | None,
+    verdicts: ArtifactRef | None,
+) -> StageRecord[AugmentationSet]:
+    """Draw A_epoch: A_0 from the session's classes, later sets from the slots and verdicts of the one before.
+
+    Args:
+        context: the epoch that ends (or, for A_0, the session's first).
+        epoch: whose set is drawn.
+        augmenter: how many images and which first prompt.
+        generator: what draws them.
+        adapter: the LoRA to draw with; None for the base generator.
+        verdicts: rewritten prompts, if the VLM was asked.
+    """
+    slots = slots_of(context, epoch, augmenter, verdicts)
+    seeds = [seed_for(context.seed, context.session, epoch, "regenerate", slot.id) for slot in slots]
+    inputs = {
+        "slots": _slots_digest(slots, context.class_names),
+        "adapter": adapter.digest if adapter else None,
+        "generator": generator_digest(generator),
+    }
+
+    def compute(work: StageFolder) -> AugmentationSet:
+        rows = _draw_shards(context, epoch, work.path, slots, seeds, generator, adapter)
+        write_lines(work.path / "manifest.jsonl", rows)
+        for shard in sorted(work.path.glob("shard-*.jsonl")):
+            shard.unlink()
+        return AugmentationSet(
+            epoch=epoch,
+            adapter=adapter.digest if adapter else None,
+            images=work.ref("images", "images"),
+            manifest=work.ref("manifest.jsonl", "manifest"),
+            count=len(rows),
+            batch_shape=(generator.batch, 3, generator.size, generator.size),
+        )
+
+    return context.store.run(
+        "regenerate",
+        VERSION,
+        settings={"generator": generator_identity(generator), "session": context.session, "epoch": epoch},
+        inputs=inputs,
+        seed=context.seed,
+        output=AugmentationSet,
+        compute=compute,
+        keep_partial=True,
+    )
+
+
+def slots_of(
+    context: EpochContext, epoch: int, augmenter: AugmenterSettings, verdicts: ArtifactRef | None
+) -> list[Slot]:
+    """The slots of A_epoch, from the set the context starts with and the verdicts on it."""
+    earlier = augmented_images(context)
+    if epoch == 0:
+        return first_slots(session_of(context), context.class_names, augmenter, earlier)
+    rows = read_lines(context.store.locate(verdicts), Verdict) if verdicts else []
+    return next_slots(earlier, {verdict.augmented_id: verdict for verdict in rows})
+
+
+def _slots_digest(slots: Sequence[Slot], class_names: Sequence[str]) -> str:
+    content = {"slots": [slot.model_dump() for slot in slots], "names": list(class_names)}
+    return fingerprint("slots", 1, content, {}, 0)
+
+
+def _draw_shards(
+    context: EpochContext,
+    epoch: int,
+    folder: Path,
+    slots: Sequence[Slot],
+    seeds: Sequence[int],
+    generator: GeneratorSettings,
+    adapter: ArtifactRef | None,
+) -> list[AugmentedImage]:
+    rows: list[AugmentedImage] = []
+    title = f"session {context.session} epoch {epoch}: drawing"
+    with tqdm(total=len(slots), desc=title, unit="image", disable=None, leave=False) as bar:
+        for start in range(0, len(slots), generator.batch):
+            stop = start + generator.batch
+            marker = folder / f"shard-{start:06d}.jsonl"
+            if not marker.is_file():
+                drawn = generator_for(context, generator, adapter).draw(
+                    [slot.prompt for slot in slots[start:stop]], list(seeds[start:stop])
+                )
+                shard = [
+                    _keep(context, epoch, folder, slot, seed, image)
+                    for slot, seed, image in zip(slots[start:stop], seeds[start:stop], drawn, strict=True)
+                ]
+                write_lines(marker, shard)
+            rows += read_lines(marker, AugmentedImage)
+            bar.update(min(stop, len(slots)) - start)
+    return rows
+
+
+def _keep(context: EpochContext, epoch: int, folder: Path, slot: Slot, seed: int, image: object) -> AugmentedImage:
+    path = f"{context.class_names[slot.label]}/{slot.id}.png"
+    target = folder / "images" / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_png(image, target)
+    return AugmentedImage(
+        id=image_id(context.session, epoch, slot.id),
+        slot=slot.id,
+        source_id=slot.source_id,
+        label=slot.label,
+        prompt=slot.prompt,
+        seed=seed,
+        path=path,
+        digest=digest_of(target),
+        parent_id=slot.parent_id,
+    )

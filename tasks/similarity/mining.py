@@ -1,0 +1,107 @@
+"""One class's failures against its correct generations: pairs to compare, triplets to tune on, clusters.
+
+Paper, "The VLM Coordinator" and "Self-contrastive finetuning strategy". Generated images that are near-constant
+are left out first. Farthest points among the rest are compared with every failure; the others join the centre
+they resemble most. Each failure's negatives are the generations most similar to it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tasks.records import AugmentedImage, Cluster, FailurePair, ImageRef, Triplet
+from tasks.similarity.selection import (
+    MiningSettings,
+    assign_clusters,
+    farthest_points,
+    hardest_negatives,
+    is_broken,
+    prepare,
+    start_index,
+)
+from tasks.similarity.ssim import SsimRows, pairwise_ssim
+
+
+@dataclass(frozen=True)
+class Mined:
+    """What one class gives; ``filtered`` counts the broken generations that were left out."""
+
+    pairs: list[FailurePair]
+    triplets: list[Triplet]
+    clusters: list[Cluster]
+    filtered: int
+
+
+def mine_class(
+    failures: Sequence[ImageRef],
+    failure_images: Tensor,
+    candidates: Sequence[AugmentedImage],
+    candidate_images: Tensor,
+    settings: MiningSettings,
+) -> Mined:
+    """Select for one class.
+
+    Args:
+        failures: m originals classified wrongly, all of one class.
+        failure_images: [m, 3, h, w] in [0, 1].
+        candidates: n generated images of that class classified rightly.
+        candidate_images: [n, 3, h, w] in [0, 1].
+        settings: how many, at which size.
+
+    Returns:
+        Nothing to compare or tune on where no candidate is left.
+
+    Raises:
+        ValueError: failures or candidates of another class, or NaN.
+    """
+    label = _one_label(failures, candidates)
+    shown = prepare(candidate_images, settings)
+    whole = (~is_broken(shown, settings.min_contrast)).nonzero().flatten()
+    filtered = len(candidates) - len(whole)
+    if len(whole) == 0:
+        return Mined([], [], [], filtered)
+    kept, shown = [candidates[i] for i in whole.tolist()], shown[whole]
+    rows = SsimRows(shown).row
+    centres = farthest_points(rows, len(kept), start_index(shown), settings.centres, settings.gap)
+    owners = assign_clusters(rows, len(kept), centres).tolist()
+    similarities = pairwise_ssim(prepare(failure_images, settings), shown)
+    return Mined(
+        pairs=[
+            FailurePair(label=label, original=failure, augmented_id=kept[centre].id, ssim=_rounded(row[centre]))
+            for centre in centres
+            for failure, row in zip(failures, similarities, strict=True)
+        ],
+        triplets=[
+            Triplet(
+                label=label,
+                positive=failure,
+                negatives=tuple(kept[i].id for i in negatives),
+                ssims=tuple(_rounded(row[i]) for i in negatives),
+            )
+            for failure, row, negatives in zip(
+                failures, similarities, hardest_negatives(similarities, settings.negatives), strict=True
+            )
+        ],
+        clusters=[
+            Cluster(
+                label=label,
+                centre=kept[centre].id,
+                members=tuple(image.id for image, owner in zip(kept, owners, strict=True) if owner == position),
+            )
+            for position, centre in enumerate(centres)
+        ],
+        filtered=filtered,
+    )
+
+
+def _one_label(failures: Sequence[ImageRef], candidates: Sequence[AugmentedImage]) -> int:
+    labels = {image.label for image in (*failures, *candidates)}
+    if len(labels) != 1 or not failures:
+        raise ValueError(f"mining looks at one class with at least one failure, got labels {sorted(labels)}")
+    return labels.pop()
+
+
+def _rounded(value: Tensor) -> float:
+    """Six digits: what two machines agree on."""
+    return round(float(value), 6)

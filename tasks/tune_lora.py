@@ -1,0 +1,118 @@
+"""Stage 5, tune_lora (paper: The Contrastive Finetuning Strategy, Eq. 3-8).
+
+Reads:   triplets, verdicts, the images they name, adapter k.
+Returns: Tuning - reference to adapter k+1, every loss term by update, the steps drawn.
+Writes:  adapter/pytorch_lora_weights.safetensors
+"""
+
+from collections.abc import Iterator
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from tqdm import tqdm
+
+from tasks.augmentation import AugmenterSettings
+from tasks.context import EpochContext
+from tasks.diffusion import adapters
+from tasks.diffusion.generator import GeneratorSettings
+from tasks.diffusion.tuning import TuningExample, TuningSettings, tune
+from tasks.images import load_images
+from tasks.loading import augmented_images, augmented_tensors, generator_digest, generator_for, generator_identity, original_paths
+from tasks.records import ArtifactRef, AugmentedImage, Cluster, Mining, StageRecord, Triplet, Tuning, Verdict
+from tasks.seeding import seed_for
+from tasks.store import StageFolder, read_lines
+
+VERSION = 1
+
+
+@task(name="tune_lora", cache_policy=NO_CACHE, persist_result=False)
+def tune_lora(
+    context: EpochContext,
+    mining: Mining,
+    verdicts: ArtifactRef | None,
+    augmenter: AugmenterSettings,
+    generator: GeneratorSettings,
+    tuning: TuningSettings,
+) -> StageRecord[Tuning]:
+    """Pull the generator towards what was got wrong and away from what was got right too easily."""
+    start, seed = context.start, seed_for(context.seed, context.session, context.epoch, "tune_lora")
+
+    def compute(work: StageFolder) -> Tuning:
+        examples = list(_examples(context, mining, verdicts, generator.size, seed))
+        if not examples:
+            return Tuning(adapter=None, updates=0, series={}, steps_drawn=(), skipped_because="no failure to learn from")
+        model = generator_for(context, generator, start.adapter)
+        title = f"session {context.session} epoch {context.epoch}: tuning"
+        with tqdm(total=tuning.updates, desc=title, unit="update", disable=None, leave=False) as bar:
+            result = tune(
+                model,
+                examples,
+                tuning,
+                steps_rule=augmenter.tuning,
+                seed=seed,
+                progress=lambda done, _total: bar.update(done - bar.n),
+            )
+        adapters.save(model.unet, work.path / "adapter")
+        return Tuning(
+            adapter=work.ref("adapter", "adapter"),
+            updates=len(result.steps_drawn),
+            series={name: tuple(values) for name, values in result.series.items()},
+            steps_drawn=tuple(result.steps_drawn),
+        )
+
+    augmentation = start.augmentation
+    assert augmentation is not None, "tuning needs a generated set to contrast with"
+    return context.store.run(
+        "tune_lora",
+        VERSION,
+        settings={
+            "tuning": tuning.model_dump(),
+            "generator": generator_identity(generator),
+            "rule": augmenter.tuning,
+        },
+        inputs={
+            "triplets": mining.triplets.digest,
+            "clusters": mining.clusters.digest,
+            "verdicts": verdicts.digest if verdicts else None,
+            "manifest": augmentation.manifest.digest,
+            "adapter": start.adapter.digest if start.adapter else None,
+            "generator": generator_digest(generator),
+        },
+        seed=seed,
+        output=Tuning,
+        compute=compute,
+    )
+
+
+def _examples(
+    context: EpochContext, mining: Mining, verdicts: ArtifactRef | None, size: int, seed: int
+) -> Iterator[TuningExample]:
+    """Each centre with each failure it stands against: a rewritten one only with the original it was rewritten for."""
+    store, images = context.store, {image.id: image for image in augmented_images(context)}
+    triplets = read_lines(store.locate(mining.triplets), Triplet)
+    judged = {v.augmented_id: v for v in (read_lines(store.locate(verdicts), Verdict) if verdicts else [])}
+    for cluster in read_lines(store.locate(mining.clusters), Cluster):
+        verdict = judged.get(cluster.centre)
+        for triplet in (t for t in triplets if t.label == cluster.label):
+            if verdict and verdict.target_id not in (None, triplet.positive.id):
+                continue
+            yield _example(context, images, cluster.centre, triplet, verdict, size, seed)
+
+
+def _example(
+    context: EpochContext,
+    images: dict[str, AugmentedImage],
+    centre: str,
+    triplet: Triplet,
+    verdict: Verdict | None,
+    size: int,
+    seed: int,
+) -> TuningExample:
+    negatives = [images[name] for name in triplet.negatives]
+    return TuningExample(
+        prompt=verdict.prompt_next if verdict else images[centre].prompt,
+        level=verdict.level if verdict else "semantic",
+        positive=load_images(original_paths(context, [triplet.positive]), size)[0],
+        negatives=augmented_tensors(context, negatives, size),
+        seed=seed_for(seed, centre, triplet.positive.id),
+    )

@@ -1,0 +1,130 @@
+"""Stage 4, vlm_compare (paper: The VLM Coordinator, Eq. 1 and 2, Figure 3).
+
+Reads:   failure pairs and clusters, the images they name, the prompts of A_k.
+Returns: Comparing - references to verdicts and transcript, counts, what was asked for.
+Writes:  verdicts.jsonl transcript.jsonl; answers go to the state's cache one by one as they come
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from tqdm import tqdm
+
+from tasks.augmentation import AugmenterSettings
+from tasks.context import EpochContext
+from tasks.diffusion.generator import GeneratorSettings
+from tasks.loading import augmented_images, augmented_paths, generator_digest, generator_for, original_paths
+from tasks.records import Cluster, Comparing, FailurePair, ImageRef, Mining, StageRecord, Verdict
+from tasks.store import StageFolder, read_lines, write_lines
+from tasks.vlm.cassette import write_transcript
+from tasks.vlm.client import VlmSettings
+from tasks.vlm.coordinator import Coordinator, PairToJudge
+from tasks.vlm.factory import open_client
+
+VERSION = 1
+
+
+@task(name="vlm_compare", cache_policy=NO_CACHE, persist_result=False)
+def vlm_compare(
+    context: EpochContext,
+    mining: Mining,
+    augmenter: AugmenterSettings,
+    vlm: VlmSettings,
+    generator: GeneratorSettings,
+    vlm_url: str | None,
+) -> StageRecord[Comparing]:
+    """Let the VLM compare each centre with the failures of its class; members inherit its verdict."""
+
+    def compute(work: StageFolder) -> Comparing:
+        fits = generator_for(context, generator, context.start.adapter).fits
+        with tqdm(desc=f"session {context.session} epoch {context.epoch}: VLM", disable=None, leave=False) as bar:
+            client = open_client(vlm, base_url=vlm_url, cache=context.runtime.state / "vlm")
+            result = Coordinator(client, vlm).judge_all(
+                _pairs(context, mining), fits, lambda phase, done, total: bar.set_postfix_str(f"{phase} {done}/{total}")
+            )
+        clusters = read_lines(context.store.locate(mining.clusters), Cluster)
+        verdicts = _inherited(_applied(result.verdicts, context, augmenter), clusters)
+        write_lines(work.path / "verdicts.jsonl", verdicts)
+        write_transcript(work.path / "transcript.jsonl", result.exchanges)
+        semantic = sum(verdict.level == "semantic" for verdict in verdicts)
+        return Comparing(
+            verdicts=work.ref("verdicts.jsonl", "verdicts"),
+            transcript=work.ref("transcript.jsonl", "transcript"),
+            semantic=semantic,
+            detail=len(verdicts) - semantic,
+            unparsed=result.unparsed,
+            rewritten=_changed(verdicts, context),
+            usage=result.usage,
+        )
+
+    augmentation = context.start.augmentation
+    assert augmentation is not None, "comparing needs a generated set"
+    return context.store.run(
+        "vlm_compare",
+        VERSION,
+        settings={"vlm": vlm.identity, "prompts": augmenter.prompts},
+        inputs={
+            "pairs": mining.pairs.digest,
+            "clusters": mining.clusters.digest,
+            "images": augmentation.images.digest,
+            "manifest": augmentation.manifest.digest,
+            "generator": generator_digest(generator),
+        },
+        seed=0,
+        output=Comparing,
+        compute=compute,
+    )
+
+
+def _pairs(context: EpochContext, mining: Mining) -> list[PairToJudge]:
+    """Each centre with all the originals that it is to be compared with."""
+    against: dict[str, list[ImageRef]] = defaultdict(list)
+    for pair in read_lines(context.store.locate(mining.pairs), FailurePair):
+        against[pair.augmented_id].append(pair.original)
+    centres = [image for image in augmented_images(context) if image.id in against]
+    return [
+        PairToJudge(
+            augmented_id=centre.id,
+            image=path,
+            prompt=centre.prompt,
+            label=centre.label,
+            originals=[
+                (original.id, file)
+                for original, file in zip(
+                    against[centre.id], original_paths(context, against[centre.id]), strict=True
+                )
+            ],
+        )
+        for centre, path in zip(centres, augmented_paths(context, centres), strict=True)
+    ]
+
+
+def _applied(verdicts: Sequence[Verdict], context: EpochContext, augmenter: AugmenterSettings) -> list[Verdict]:
+    """With ``prompts=fixed`` the verdicts choose the steps to tune, and the prompts stay."""
+    if augmenter.prompts == "rewritten":
+        return list(verdicts)
+    prompts = {image.id: image.prompt for image in augmented_images(context)}
+    return [verdict.model_copy(update={"prompt_next": prompts[verdict.augmented_id]}) for verdict in verdicts]
+
+
+def _inherited(verdicts: Sequence[Verdict], clusters: Sequence[Cluster]) -> list[Verdict]:
+    """The centres' verdicts, each followed by those of its cluster's members."""
+    by_centre = {verdict.augmented_id: verdict for verdict in verdicts}
+    rows: list[Verdict] = []
+    for cluster in clusters:
+        verdict = by_centre[cluster.centre]
+        rows.append(verdict)
+        rows += [
+            verdict.model_copy(update={"augmented_id": name, "comparisons": (), "inherited_from": cluster.centre})
+            for name in cluster.members
+            if name != cluster.centre
+        ]
+    return rows
+
+
+def _changed(verdicts: Sequence[Verdict], context: EpochContext) -> int:
+    prompts = {image.id: image.prompt for image in augmented_images(context)}
+    return sum(verdict.prompt_next != prompts[verdict.augmented_id] for verdict in verdicts)
+

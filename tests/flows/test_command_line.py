@@ -1,0 +1,141 @@
+"""Bad input gets one clear sentence that names the value and the remedy, before any compute."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from flows.__main__ import expand, main
+from flows.config import CONFIGS, ConfigError, choices, differences, load_config
+from tests.conftest import Place
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one sentence that the command line refuses with."""
+    assert main(list(arguments)) in (1, 2)
+    text = " ".join(capsys.readouterr().err.split())
+    assert "Traceback" not in text
+    return text
+
+
+# ------------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("dataset=nope", ["dataset=nope is unknown", "digits"]),
+        ("method=nope", ["method=nope is unknown", "guided", "fixed_sd"]),
+        ("tuning.updats=3", ["tuning.updats", "tuning.updates"]),
+        ("tuning.updates=many", ["tuning.updates", "many"]),
+        ("seed=-1", ["seed", "-1"]),
+        ("+surprise=1", ["surprise"]),
+        ("augmenter.base_prompt=photo", ["base_prompt", "category"]),
+        ("generator.steps=0", ["generator.steps"]),
+        ("mining.negatives=9", ["mining.negatives", "8"]),
+    ],
+)
+def test_a_wrong_override_is_named_with_what_would_be_right(override: str, says: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config([override])
+    assert all(word in str(error.value) for word in says), str(error.value)
+
+
+@pytest.mark.parametrize("group", sorted(path.name for path in CONFIGS.iterdir() if path.is_dir()))
+def test_every_yaml_composes_and_validates(group: str) -> None:
+    for name in choices(group):
+        more = ["vlm.transcript=transcript.jsonl"] if (group, name) == ("vlm", "cassette") else []
+        more += ["dataset.root=images"] if name == "imagefolder" else []
+        config = load_config([f"{group}={name}", *more])
+        assert group != "method" or config.method == name
+
+
+def test_method_presets_choose_their_augmenter() -> None:
+    assert load_config(["method=finetune"]).augmenter.source == "none"
+    guided = load_config(["method=guided"]).augmenter
+    assert (guided.prompts, guided.tuning) == ("rewritten", "guided")
+    assert load_config(["method=finetune", "augmenter=guided"]).augmenter == guided
+
+
+def test_combinations_are_expanded_and_other_lists_left_alone() -> None:
+    assert expand(["method=a,b", "seed=0,1", "x=[1,2]"]) == [
+        ["method=a", "seed=0", "x=[1,2]"],
+        ["method=a", "seed=1", "x=[1,2]"],
+        ["method=b", "seed=0", "x=[1,2]"],
+        ["method=b", "seed=1", "x=[1,2]"],
+    ]
+
+
+def test_changed_settings_are_named() -> None:
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": None}) == ["a.c: 2 -> 3"]
+
+
+def test_no_arguments_print_the_help(capsys) -> None:
+    assert main([]) == 2
+    assert "fscil replay" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+
+
+def test_something_that_is_no_override(capsys) -> None:
+    assert "'guided' is neither" in refused(capsys, "guided")
+
+
+# ------------------------------------------------------------------------------------------ data and models
+
+
+@pytest.mark.usefixtures("prefect_server", "digits")
+class TestBeforeAnyCompute:
+    def refused(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, *more: str, method: str = "guided") -> str:
+        place = Place(tmp_path)
+        text = refused(capsys, "dataset=digits", f"method={method}", *place.overrides(*more))
+        stages = place.root / "state" / "stages"
+        assert not stages.exists() or {p.name for p in stages.iterdir()} <= {"split"}
+        return text
+
+    def test_missing_data_folder(self, capsys, tmp_path: Path) -> None:
+        text = self.refused(capsys, tmp_path, f"dataset.root={tmp_path / 'nowhere'}")
+        assert "nowhere" in text
+        assert "make data" in text
+
+    def test_too_many_sessions(self, capsys, tmp_path: Path) -> None:
+        text = self.refused(capsys, tmp_path, "dataset.n_sessions=3")
+        assert "10" in text
+        assert "12" in text
+
+    def test_too_few_images(self, capsys, tmp_path: Path) -> None:
+        assert "401" in self.refused(capsys, tmp_path, "dataset.base_shots=401")
+
+    def test_unreadable_image(self, capsys, tmp_path: Path, digits: Path) -> None:
+        import shutil
+
+        shutil.copytree(digits, tmp_path / "digits")
+        for path in (tmp_path / "digits" / "train" / "three").glob("*.png"):
+            path.write_bytes(path.read_bytes()[:50])
+        assert "three" in self.refused(capsys, tmp_path, f"dataset.root={tmp_path / 'digits'}")
+
+    def test_missing_classifier_checkpoint(self, capsys, tmp_path: Path) -> None:
+        assert "no such checkpoint" in self.refused(capsys, tmp_path, f"classifier.checkpoint={tmp_path / 'vit'}").lower()
+
+    def test_missing_generator(self, capsys, tmp_path: Path) -> None:
+        text = self.refused(capsys, tmp_path, f"generator.path={tmp_path / 'sd'}")
+        assert "sd" in text
+        assert "generator.path" in text
+
+    def test_vlm_that_refuses_the_connection(self, capsys, tmp_path: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        text = self.refused(capsys, tmp_path, "vlm=openai_compatible", f"vlm.base_url=http://127.0.0.1:{port}/v1", "vlm.model=m")
+        assert str(port) in text
+        assert "vlm.base_url" in text
+
+    def test_a_run_folder_of_other_settings(self, capsys, tmp_path: Path) -> None:
+        place = Place(tmp_path)
+        config = load_config(["method=finetune", *place.overrides()]).identity
+        config["stopping"]["max_epochs"] = 9
+        place.run("finetune").mkdir(parents=True)
+        (place.run("finetune") / "config.json").write_text(json.dumps(config))
+        text = self.refused(capsys, tmp_path, method="finetune")
+        assert "stopping.max_epochs: 9 -> 2" in text
+        assert "runtime.runs" in text

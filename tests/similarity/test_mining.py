@@ -1,0 +1,67 @@
+"""What one class gives to the VLM and to the tuner."""
+
+import pytest
+import torch
+
+from tasks.records import AugmentedImage, Digest, ImageRef
+from tasks.similarity.mining import mine_class
+from tasks.similarity.selection import MiningSettings
+from tasks.similarity.ssim import ssim
+
+SETTINGS = MiningSettings(centres=2, negatives=3, ssim_size=16, min_contrast=0.02, greyscale=True, gap=0.05)
+
+
+def original(n: int, label: int = 4) -> ImageRef:
+    return ImageRef(id=f"o{n}", path=f"{n}.png", digest=Digest(str(n)), label=label)
+
+
+def generated(n: int, label: int = 4) -> AugmentedImage:
+    return AugmentedImage(
+        id=f"g{n}", slot=f"s{n}", source_id=None, label=label, prompt="p", seed=n, path="x", digest=Digest("d"), parent_id=None
+    )  # fmt: skip
+
+
+@pytest.fixture()
+def pictures() -> torch.Tensor:
+    return torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_centre_meets_every_failure_and_every_candidate_has_one_centre(pictures: torch.Tensor) -> None:
+    mined = mine_class([original(0), original(1)], pictures[:2], [generated(n) for n in range(6)], pictures[2:], SETTINGS)
+    centres = [cluster.centre for cluster in mined.clusters]
+    assert len(centres) == 2
+    assert {(p.augmented_id, p.original.id) for p in mined.pairs} == {(c, o) for c in centres for o in ("o0", "o1")}
+    members = [name for cluster in mined.clusters for name in cluster.members]
+    assert sorted(members) == [f"g{n}" for n in range(6)]
+    assert all(cluster.centre in cluster.members for cluster in mined.clusters)
+
+
+def test_negatives_are_the_most_similar_of_the_class(pictures: torch.Tensor) -> None:
+    grey = pictures.mean(1, keepdim=True)
+    mined = mine_class([original(0)], pictures[:1], [generated(n) for n in range(7)], pictures[1:], SETTINGS)
+    from tasks.images import to_greyscale
+
+    grey = to_greyscale(pictures)
+    by_hand = [float(ssim(grey[:1], grey[n + 1 : n + 2])) for n in range(7)]
+    expected = sorted(range(7), key=lambda n: -by_hand[n])[:3]
+    (triplet,) = mined.triplets
+    assert triplet.negatives == tuple(f"g{n}" for n in expected)
+    assert triplet.ssims == pytest.approx([by_hand[n] for n in expected], abs=1e-5)
+
+
+def test_constant_generations_are_left_out(pictures: torch.Tensor) -> None:
+    pictures[2] = 0.5
+    mined = mine_class([original(0)], pictures[:1], [generated(n) for n in range(3)], pictures[1:4], SETTINGS)
+    assert mined.filtered == 1
+    assert "g1" not in {name for cluster in mined.clusters for name in cluster.members}
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_no_usable_candidate_is_legal_and_gives_nothing(n: int) -> None:
+    mined = mine_class([original(0)], torch.rand(1, 3, 16, 16), [generated(i) for i in range(n)], torch.zeros(n, 3, 16, 16), SETTINGS)
+    assert (mined.pairs, mined.triplets, mined.clusters, mined.filtered) == ([], [], [], n)
+
+
+def test_mixed_classes_are_refused(pictures: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"labels \[4, 5\]"):
+        mine_class([original(0)], pictures[:1], [generated(0, label=5)], pictures[1:2], SETTINGS)
