@@ -1,0 +1,79 @@
+"""Answers kept one by one, by the content of the question: a killed run loses only what was under way.
+
+``<folder>/<key[:2]>/<key>.json`` is an :class:`~tasks.vlm.client.Exchange`, written whole by renaming a
+temporary sibling. It is not synced: a killed process loses nothing by that, and after a power cut a damaged
+file counts as missing and is asked for again.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from tasks.vlm.client import ChatClient, Exchange, OnReply, Reply, Request, Sampling, request_key
+
+log = logging.getLogger("fscil.vlm")
+
+
+class CachedClient(ChatClient):
+    """Asks another client only what the folder does not answer yet."""
+
+    def __init__(self, client: ChatClient, folder: Path) -> None:
+        """Args: client: who is asked; folder: where answers are kept, made when the first one comes."""
+        self._client = client
+        self._folder = folder
+
+    @property
+    def sampling(self) -> Sampling:
+        """The inner client's."""
+        return self._client.sampling
+
+    def check(self) -> None:
+        """Check the inner client."""
+        self._client.check()
+
+    def complete_all(self, requests: Sequence[Request], on_reply: OnReply | None = None) -> list[Reply]:
+        """See :meth:`ChatClient.complete_all`; equal requests are asked once."""
+        waiting: dict[str, list[int]] = {}
+        replies: dict[int, Reply] = {}
+        for index, request in enumerate(requests):
+            key = request_key(request, self.sampling)
+            if (known := self._read(key)) is None:
+                waiting.setdefault(key, []).append(index)
+                continue
+            replies[index] = known
+            if on_reply:
+                on_reply(index, known)
+        asked = list(waiting.values())
+
+        def keep(position: int, reply: Reply) -> None:
+            self._write(Exchange.of(requests[asked[position][0]], self.sampling, reply))
+            for index in asked[position]:
+                replies[index] = reply
+                if on_reply:
+                    on_reply(index, reply)
+
+        if asked:
+            self._client.complete_all([requests[indices[0]] for indices in asked], keep)
+        return [replies[index] for index in range(len(requests))]
+
+    def _path(self, key: str) -> Path:
+        return self._folder / key[:2] / f"{key}.json"
+
+    def _read(self, key: str) -> Reply | None:
+        path = self._path(key)
+        try:
+            return Exchange.model_validate_json(path.read_bytes()).reply
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            log.warning("the cached VLM answer %s is damaged and will be asked for again", path)
+            return None
+
+    def _write(self, exchange: Exchange) -> None:
+        path = self._path(exchange.key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        temporary.write_text(exchange.model_dump_json() + "\n", encoding="utf-8")
+        temporary.replace(path)

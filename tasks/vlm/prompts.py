@@ -1,0 +1,155 @@
+"""The three requests of Figure 3, word for word, and what is read out of the replies.
+
+One dialogue compares two images: describe the first, describe the second, are they semantically similar
+(Phi of Eq. 2), and, if not, rewrite the first one's prompt (P of Eq. 1). Each description is asked for
+alone, with its image. In the judgement and the rewriting both descriptions stand as the turns that Figure 3
+shows, but the images are not sent a second time: so a judgement depends on two captions only, is asked
+once per caption pair, and costs no image tokens.
+"""
+
+import re
+from collections.abc import Callable
+
+from tasks.records import Answer
+from tasks.vlm.client import Message, Picture
+
+DESCRIBE = (
+    "Please describe the following image with special attention to category, style, and pose and background."
+)
+COMPARE = (
+    "Are the two images semantically similar? Please answer YES or NO. Do not output extra contents."
+)  # fmt: skip
+REWRITE = (
+    "You are a prompt engineer of Stable Diffusion, "
+    'the corresponding prompt of the first image is "{prompt}". '
+    "Please modify the prompt of the first image so that Stable Diffusion can generate the second image. "
+    "Add necessary contents if needed."
+)
+
+MAX_PROMPT_CHARS = 600
+"""A prompt is cut to this many characters before its tokens are counted."""
+
+
+# ---------------------------------------------------------------------------------------- requests
+
+
+def describe(picture: Picture) -> tuple[Message, ...]:
+    """Ask for the caption of one image."""
+    return (Message(role="user", text=DESCRIBE, pictures=(picture,)),)
+
+
+def compare(caption_augmented: str, caption_original: str) -> tuple[Message, ...]:
+    """Ask Phi of Eq. 2: is the generated image (first) semantically similar to the original (second)?"""
+    return (
+        Message(role="user", text=DESCRIBE),
+        Message(role="assistant", text=caption_augmented),
+        Message(role="user", text=DESCRIBE),
+        Message(role="assistant", text=caption_original),
+        Message(role="user", text=COMPARE),
+    )
+
+
+def rewrite(caption_augmented: str, caption_original: str, prompt: str) -> tuple[Message, ...]:
+    """Ask P of Eq. 1: the dialogue that ended in NO, then for a prompt that draws the original."""
+    return (
+        *compare(caption_augmented, caption_original),
+        Message(role="assistant", text="NO"),
+        Message(role="user", text=REWRITE.format(prompt=prompt)),
+    )
+
+
+# ---------------------------------------------------------------------------------------- YES or NO
+
+_THINKING = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_LABEL = re.compile(r"^(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*:\s*", re.IGNORECASE)
+_MARKS = " \t\r\n*_`\"'“”‘’#>()[]"
+_TAG = re.compile(r"</?\w+>")
+_LOUD = re.compile(r"(YES|NO)(?=\W|$)(?!-\w|/)")
+_QUIET = re.compile(r"(yes|no)(?=$|[.!,;:)\]\"'*`”’]|\s*\n|\s+[-–—]\s|[–—])", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"\b(?:sorry|I\s+(?:can(?:not|['’]t)|am unable)|I['’]m (?:sorry|unable)|I am sorry|as an AI|unable to)\b",
+    re.IGNORECASE,
+)
+
+
+def parse_answer(text: str) -> Answer:
+    """YES is similar, NO is different, anything that does not plainly begin with one of them is unparsed.
+
+    Markup, quotes, a label such as "Answer:" and a reasoning block are looked through. Words may follow a
+    capital YES or NO ("NO because..."), or any yes or no that punctuation ends ("No, the first is..."), so
+    "No doubt they are alike" is not taken for a NO. A reply with both answers, or one that declines, is
+    unparsed.
+    """
+    bare = _TAG.sub(" ", _THINKING.sub(" ", text)).lstrip(_MARKS)
+    bare = _LABEL.sub("", bare).lstrip(_MARKS)
+    found = _LOUD.match(bare) or _QUIET.match(bare)
+    if not found:
+        return "unparsed"
+    rest = bare[found.end() :]
+    said = found.group(1).upper()
+    if _contradicts(rest, "NO" if said == "YES" else "YES") or _REFUSAL.search(rest):
+        return "unparsed"
+    return "similar" if said == "YES" else "different"
+
+
+def _contradicts(rest: str, other: str) -> bool:
+    next_words = [word.upper() for word in re.findall(r"\w+", rest)[:2]]
+    return other in next_words or re.search(rf"\b{other}\b", rest) is not None
+
+
+# ---------------------------------------------------------------------------------------- prompts
+
+_QUOTED = re.compile(r"(?:^|\n|:)[ \t*_>]*[\"“](.+?)[\"”][*_]*(?=\s*(?:$|\n))", re.DOTALL)
+_FENCED = re.compile(r"```[^\n`]*\n(.+?)```", re.DOTALL)
+_PREFACE = re.compile(
+    r"^\s*(?:(?:sure|certainly|of course|okay|ok|here(?:'s| is| are)|below is)\b[^\n:]*:|"
+    r"[*_#\s]*(?:(?:the|a|your)\s+)?(?:modified|new|revised|updated|rewritten|improved)?\s*prompt\s*[*_]*\s*:)[*_\s]*",
+    re.IGNORECASE,
+)
+_MARKUP = re.compile(r"\*\*|__|`+|^[ \t]*(?:#+|>|[-*•])[ \t]+|</?\w+>", re.MULTILINE)
+_DANGLING = {"a", "an", "and", "at", "by", "for", "from", "in", "of", "on", "or", "the", "to", "with"}
+
+
+def clean_prompt(text: str, fits: Callable[[str], bool], fallback: str) -> str:
+    """The prompt in a reply: one line, no quotes or markup, never empty, within the text encoder's limit.
+
+    Of a reply that quotes or fences the prompt only that part is taken; a preface ("Here is the prompt:") and
+    later paragraphs are dropped. If it is too long, trailing words go until it fits, then what dangles.
+
+    Args:
+        text: the VLM's reply.
+        fits: whether the text encoder takes a prompt whole.
+        fallback: returned if nothing usable is left (an empty reply, a refusal); not checked.
+    """
+    line = _one_line(_candidate(_THINKING.sub(" ", text)))
+    if not line or _REFUSAL.match(line):
+        return fallback
+    words = line.split(" ")
+    while words and not (len(line) <= MAX_PROMPT_CHARS and fits(line)):
+        words.pop()
+        line = _ending(words)
+    return line if re.search(r"\w", line) else fallback
+
+
+def _candidate(text: str) -> str:
+    if fenced := _FENCED.search(text):
+        return fenced.group(1)
+    if quoted := _QUOTED.findall(text):
+        return max(quoted, key=len)
+    rest = text
+    while (shorter := _PREFACE.sub("", rest, count=1)) != rest:
+        rest = shorter
+    return rest.strip().split("\n\n")[0]
+
+
+def _one_line(text: str) -> str:
+    printable = "".join(c if c.isprintable() or c.isspace() else " " for c in _MARKUP.sub("", text))
+    line = " ".join(printable.split())
+    return line.strip(" \"“”'‘’*_").strip()
+
+
+def _ending(words: list[str]) -> str:
+    kept = list(words)
+    while len(kept) > 1 and kept[-1].strip(",;:").lower() in _DANGLING:
+        kept.pop()
+    return " ".join(kept).rstrip(" ,;:-–—(")
