@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -53,7 +54,8 @@ class VlmSettings(Frozen):
     in no setting. ``temperature=None`` leaves it to the provider, which some models insist on.
 
     Raises:
-        ValueError: a cassette without transcript, or a transcript that nobody would read.
+        ValueError: a cassette without transcript, a transcript that nobody would read, or an address that is
+            none or holds a secret.
     """
 
     kind: Literal["miniature", "openai", "cassette"]
@@ -81,6 +83,11 @@ class VlmSettings(Frozen):
                 f"vlm.transcript={self.transcript} is read only with vlm.kind=cassette, not {self.kind}; "
                 "set it to null"
             )
+        if self.base_url is not None and not _is_address(self.base_url):
+            raise ValueError(
+                "vlm.base_url must look like http://host:port/v1, without a name or password in it; "
+                "a key goes into the environment variable that vlm.api_key_env names"
+            )
         return self
 
     @property
@@ -94,6 +101,11 @@ class VlmSettings(Frozen):
     def identity(self) -> dict[str, object]:
         """What a stage that asks the VLM puts into its fingerprint."""
         return {**self.sampling.model_dump(), "max_side": self.max_side}
+
+
+def _is_address(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
 
 
 # ---------------------------------------------------------------------------------------- messages

@@ -89,7 +89,7 @@ def settings(**changes: object) -> VlmSettings:
         "temperature": 0.0,
         "max_tokens": 300,
         "token_limit_field": "max_tokens",
-        "timeout_s": 20.0,
+        "timeout_s": 60.0,
         "max_retries": 0,
         "concurrency": 16,
         "detail": "low",
@@ -105,7 +105,7 @@ def plain(value: float, side: int = 32) -> Tensor:
 
 def post(server: VlmServer, body: object, path: str = "/v1/chat/completions") -> tuple[int, dict]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
     connection.request("POST", path, data, {"Content-Type": "application/json"})
     response = connection.getresponse()
     answer = json.loads(response.read())
@@ -385,7 +385,7 @@ def test_a_bad_request_is_answered_with_an_error_object(
 
 def test_paths(server: VlmServer) -> None:
     assert post(server, {}, "/v1/completions")[0] == 404
-    connection = http.client.HTTPConnection("127.0.0.1", urlsplit(server.base_url).port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", urlsplit(server.base_url).port, timeout=60)
     for path, status in (("/health", 200), ("/v1/models", 200), ("/v1/model", 404), ("/", 404)):
         connection.request("GET", path)  # one connection for all: it is kept alive
         response = connection.getresponse()

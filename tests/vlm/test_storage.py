@@ -192,6 +192,14 @@ def test_a_cassette_needs_a_transcript_and_others_take_none() -> None:
         VlmSettings(**{**values, "transcript": "t.jsonl"})
 
 
+@pytest.mark.parametrize(
+    "base_url", ["localhost:8000/v1", "/v1", "http://", "http://me:secret@host/v1", "ftp://h/v1"]
+)
+def test_an_address_is_one_and_holds_no_secret(base_url: str) -> None:
+    with pytest.raises(ValidationError, match=r"vlm\.base_url must look like"):
+        VlmSettings(**{**SETTINGS.model_dump(), "base_url": base_url})
+
+
 def test_the_identity_leaves_out_where_and_how_fast() -> None:
     assert SETTINGS.identity == {
         "model": "fake-1",
