@@ -7,7 +7,6 @@ a batch is [n, 3, h, w]. Models normalise for themselves.
 import base64
 import io
 import struct
-import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,26 +61,19 @@ def load_images(paths: Sequence[Path], size: int) -> Tensor:
 
 def _open_rgb(path: Path) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                _refuse_huge(path, picture.size)
-                picture.load()
-                return _to_rgb(path, ImageOps.exif_transpose(picture))
+        with Image.open(path) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise _too_large(path)
+            return _to_rgb(path, ImageOps.exif_transpose(picture))
     except UnreadableImageError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise _too_large(path) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error
         raise UnreadableImageError(
             f"cannot read the image {path}: {reason}; replace or remove the file"
         ) from error
-
-
-def _refuse_huge(path: Path, size: tuple[int, int]) -> None:
-    if size[0] * size[1] > MAX_PIXELS:
-        raise _too_large(path)
 
 
 def _too_large(path: Path) -> UnreadableImageError:
