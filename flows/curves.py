@@ -1,4 +1,4 @@
-"""Accuracy after each session, all classes on the left, base against novel on the right; a row a dataset."""
+"""Accuracy after each session: one panel over all classes, one with base against novel."""
 
 import io
 import statistics
@@ -22,22 +22,36 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 """Told apart by colour-blind eyes too (Okabe and Ito, then three more); the tenth method starts over."""
 
 
-def draw(runs: "Sequence[Run]", kind: Literal["png", "svg"], *, dark: bool) -> bytes:
+def charts(runs: "Sequence[Run]") -> dict[str, bytes]:
+    """SVGs for every screen: ``wide_light``, ``wide_dark``, ``narrow_light`` and ``narrow_dark``."""
+    return {
+        f"{width}_{theme}": draw(runs, "svg", dark=theme == "dark", narrow=width == "narrow")
+        for width in ("wide", "narrow")
+        for theme in ("light", "dark")
+    }
+
+
+def draw(
+    runs: "Sequence[Run]", kind: Literal["png", "svg"], *, dark: bool = False, narrow: bool = False
+) -> bytes:
     """Draw all finished and unfinished sessions; the same runs give the same bytes.
 
     Args:
         runs: runs in the table's order.
         kind: file format.
-        dark: light strokes for a dark page; the background stays transparent.
+        dark: light strokes for a dark page; an SVG's background is transparent.
+        narrow: panels below each other, for a phone.
     """
     datasets = list(dict.fromkeys(run.dataset for run in runs))
     with rc_context(_style(dark)):
-        figure = Figure(figsize=(9.6, 3.6 * len(datasets)), layout="constrained")
-        axes = figure.subplots(len(datasets), 2, squeeze=False)
-        for (left, right), dataset in zip(axes, datasets, strict=True):
-            _dataset(left, right, [run for run in runs if run.dataset == dataset])
-            left.set_title(f"{dataset}: all classes seen")
-            right.set_title("base (solid) and novel (dashed)")
+        columns = 1 if narrow else 2
+        rows = 2 * len(datasets) // columns
+        figure = Figure(figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+        for dataset, overall, split in zip(datasets, panels[::2], panels[1::2], strict=True):
+            _dataset(overall, split, [run for run in runs if run.dataset == dataset])
+            overall.set_title(f"{dataset}: all classes seen")
+            split.set_title(f"{dataset}: base (solid), novel (dashed)")
         out = io.BytesIO()
         plain = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
         figure.savefig(out, format=kind, dpi=160, metadata=plain, transparent=kind == "svg")
@@ -58,21 +72,21 @@ def _style(dark: bool) -> dict[Any, Any]:
     }
 
 
-def _dataset(left: Axes, right: Axes, runs: "list[Run]") -> None:
+def _dataset(overall: Axes, split: Axes, runs: "list[Run]") -> None:
     methods = list(dict.fromkeys(run.method for run in runs))
     for place, method in enumerate(methods):
         members = [run for run in runs if run.method == method]
         colour = _COLOURS[place % len(_COLOURS)]
-        _line(left, points(members, lambda s: s.overall), colour, "-", method)
-        _line(right, points(members, lambda s: s.base), colour, "-", None)
-        _line(right, points(members, lambda s: s.novel), colour, "--", None)
-    for axes in (left, right):
+        _line(overall, points(members, lambda s: s.overall), colour, "-", method)
+        _line(split, points(members, lambda s: s.base), colour, "-", None)
+        _line(split, points(members, lambda s: s.novel), colour, "--", None)
+    for axes in (overall, split):
         axes.set_xlabel("session")
+        axes.set_ylabel("accuracy, %")
         axes.set_ylim(0, 100)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set_ylabel("accuracy, %")
-    if left.get_legend_handles_labels()[0]:
-        left.legend(loc="lower left", fontsize="small")
+    if overall.get_legend_handles_labels()[0]:
+        overall.legend(loc="lower left", fontsize="small")
 
 
 def points(runs: "Sequence[Run]", measure: Measure) -> list[Point]:

@@ -7,14 +7,13 @@ VLM made of them. Text from records (class names, prompts, captions) is escaped;
 import base64
 import io
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from flows.curves import draw
 from tasks.records import AugmentedImage, Frozen, Level, Verdict
 from tasks.store import read_lines
 
@@ -57,6 +56,11 @@ class Strip(Frozen):
     finished: bool
     cards: tuple[Card, ...]
 
+    @property
+    def judged(self) -> bool:
+        """Whether a VLM judged any of them."""
+        return any(card.level != "none" for card in self.cards)
+
 
 class ShownClass(Frozen):
     """One class of one dataset with all methods that drew images for it."""
@@ -81,13 +85,16 @@ class DrawnSet(Frozen):
         return {row.slot: row for row in self.rows if _class_name(row) == name}
 
 
-def page(runs: "Sequence[Run]", rows: "Sequence[Row]", sentences: Sequence[str]) -> str:
+def page(
+    runs: "Sequence[Run]", rows: "Sequence[Row]", sentences: Sequence[str], charts: Mapping[str, bytes]
+) -> str:
     """Render the page.
 
     Args:
         runs: runs in the table's order.
         rows: the table.
         sentences: comparisons, in words.
+        charts: the curves as ``flows.curves.charts`` draws them.
     """
     from flows.report import HEADINGS, NOTE
 
@@ -103,7 +110,7 @@ def page(runs: "Sequence[Run]", rows: "Sequence[Row]", sentences: Sequence[str])
         rows=[row.texts for row in rows],
         note=NOTE,
         sentences=sentences,
-        curves=[_uri(draw(runs, "svg", dark=dark), "image/svg+xml") for dark in (False, True)],
+        curves={name: _uri(chart, "image/svg+xml") for name, chart in charts.items()},
         classes=shown_classes(runs),
     )
 

@@ -203,9 +203,7 @@ def _row(dataset: str, method: str, runs: list[Run]) -> Row:
         values = [column.value(record, seconds) for record, seconds in finished]
         cells.append(Statistic.of([value for value in values if value is not None]))
     unfinished = len(runs) - len(finished)
-    return Row(
-        dataset=dataset, method=method, seeds=len(finished), unfinished=unfinished, cells=tuple(cells)
-    )
+    return Row(dataset=dataset, method=method, seeds=len(finished), unfinished=unfinished, cells=tuple(cells))
 
 
 def difference(
@@ -333,17 +331,17 @@ def build(runs: Path, out: Path, state: Path) -> list[Path]:
     Raises:
         ValueError: there is no run, or a record cannot be read.
     """
-    from flows.curves import draw
+    from flows.curves import charts, draw
     from flows.gallery import page
 
     found = collect(runs, state)
-    rows, sentences = table(found), comparisons(found)
+    rows, sentences, drawn = table(found), comparisons(found), charts(found)
     files: dict[str, str | bytes] = {
         "table.md": markdown(rows, sentences),
         "table.csv": comma_separated(rows),
-        "curves.png": draw(found, "png", dark=False),
-        "curves.svg": draw(found, "svg", dark=False),
-        "gallery.html": page(found, rows, sentences),
+        "curves.png": draw(found, "png"),
+        "curves.svg": drawn["wide_light"],
+        "gallery.html": page(found, rows, sentences, drawn),
     }
     for name, content in files.items():
         write_atomic(out / name, content)

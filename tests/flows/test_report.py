@@ -35,6 +35,7 @@ from flows.report import (
 )
 from tests.helpers import fabricate_run
 
+CHARTS = dict.fromkeys(("wide_light", "wide_dark", "narrow_light", "narrow_dark"), b"<svg/>")
 COLUMN = {column.name: column for column in COLUMNS}
 TWO_SEEDS = (((9, 8), (8, 7, 5)), ((10, 10), (9, 9, 9)))
 
@@ -219,7 +220,7 @@ class Page(HTMLParser):
 
 def page_of(root: Path) -> str:
     runs = collect(root / "runs", root / "state")
-    return page(runs, table(runs), comparisons(runs))
+    return page(runs, table(runs), comparisons(runs), CHARTS)
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -270,7 +271,7 @@ def test_methods_without_images_have_no_strip_and_seeds_are_the_lowest(tmp_path:
         ("fixed_sd", 1, True),
         ("guided", 2, False),
     ]
-    assert "(unfinished)" in page(runs, table(runs), [])
+    assert "(unfinished)" in page(runs, table(runs), [], CHARTS)
 
 
 def test_a_page_without_any_image_still_has_its_table(tmp_path: Path) -> None:
