@@ -80,11 +80,13 @@ def _dataset(overall: Axes, split: Axes, runs: "list[Run]") -> None:
         _line(overall, points(members, lambda s: s.overall), colour, "-", method)
         _line(split, points(members, lambda s: s.base), colour, "-", None)
         _line(split, points(members, lambda s: s.novel), colour, "--", None)
+    last = max((session.session for run in runs for session in run.sessions), default=0)
     for axes in (overall, split):
         axes.set_xlabel("session")
         axes.set_ylabel("accuracy, %")
         axes.set_ylim(0, 100)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(-0.1, last + 0.1)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     if overall.get_legend_handles_labels()[0]:
         overall.legend(loc="lower left", fontsize="small")
 

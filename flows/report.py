@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tasks.records import ExperimentRecord, Frozen, SessionRecord
-from tasks.store import read_json, write_atomic
+from tasks.records import EpochRecord, ExperimentRecord, Frozen, SessionRecord, StageRecord
+from tasks.store import Store, write_atomic
+from tasks.tracked import STAGES
 
 METHODS = (
     "vlm_zero_shot", "finetune", "ncm", "ncm_tuned", "cec", "l2p", "dualprompt", "nc_fscil", "warp",
@@ -49,12 +50,6 @@ class Run(Frozen):
     record: ExperimentRecord | None
     sessions: tuple[SessionRecord, ...]
     seconds: float | None
-
-
-class RunTiming(Frozen):
-    """How long a run computed, kept in the state since it is not the same twice."""
-
-    seconds: float
 
 
 class Statistic(Frozen):
@@ -137,7 +132,7 @@ def collect(runs: Path, state: Path) -> list[Run]:
 
     Args:
         runs: results folder, ``<dataset>/<method>/seed-<n>`` below it.
-        state: state folder, which knows how long each run took.
+        state: state folder, which knows how long each stage took.
 
     Raises:
         ValueError: there is no run, or a record cannot be read; the message names it.
@@ -158,14 +153,25 @@ def _read_run(runs: Path, folder: Path, state: Path) -> Run:
         folder=folder,
         record=_read(whole, ExperimentRecord) if whole.is_file() else None,
         sessions=tuple(_read(path, SessionRecord) for path in sorted(folder.glob("session-*/record.json"))),
-        seconds=seconds_of(f"{dataset}/{method}/{seed}", state),
+        seconds=stage_seconds(folder, Store(state)),
     )
 
 
-def seconds_of(run: str, state: Path) -> float | None:
-    """How long a run computed, from ``runs/<run>/timing.json`` of the state; None if it does not say."""
-    path = state / "runs" / run / "timing.json"
-    return RunTiming.model_validate(read_json(path)).seconds if path.is_file() else None
+def stage_seconds(folder: Path, store: Store) -> float | None:
+    """Computing time of a run: the sum over its stages, each as measured when it was first computed.
+
+    So a kill, a resume or a stage shared with another run changes nothing. None if the state no longer
+    knows some stage's time, or nothing is sealed yet.
+    """
+    sessions = [_read(path, SessionRecord) for path in folder.glob("session-*/record.json")]
+    epochs = [_read(path, EpochRecord) for path in folder.glob("session-*/epoch-*/record.json")]
+    sealed: list[StageRecord | None] = [
+        record for session in sessions for record in (session.initial, session.test)
+    ]
+    sealed += [getattr(epoch, stage) for epoch in epochs for stage in STAGES]
+    timings = [store.timing(record) for record in sealed if record is not None]
+    known = [timing.seconds for timing in timings if timing is not None]
+    return sum(known) if known and len(known) == len(timings) else None
 
 
 def _read(path: Path, kind: type[Model]) -> Model:
@@ -265,7 +271,7 @@ def markdown(rows: Sequence[Row], sentences: Sequence[str]) -> str:
 NOTE = (
     "Accuracies in percent, mean ± standard deviation over seeds. A_base, A_last: after the first and last "
     "session, over all classes seen; A_avg: mean over sessions; PD = A_base - A_last; base, novel, harmonic: "
-    "after the last session. Images, VLM calls, epochs and seconds are means per run."
+    "after the last session. Images, VLM calls, epochs and seconds of computing are means per run."
 )
 
 
@@ -288,13 +294,22 @@ def _number(value: float | None, scale: int) -> str:
     return "" if value is None else f"{scale * value:.4f}".rstrip("0").rstrip(".")
 
 
-def print_table(records: Sequence[ExperimentRecord], state: Path, console: Console | None = None) -> None:
-    """Print finished runs as a table for the terminal, and the differences below it."""
-    runs = sorted((_run_of(record, state) for record in records), key=_place)
+def print_table(
+    records: Sequence[ExperimentRecord], runs: Path, state: Path, console: Console | None = None
+) -> None:
+    """Print finished runs as a table for the terminal, and the differences below it.
+
+    Args:
+        records: the runs to print.
+        runs: results folder, which they are in.
+        state: state folder, which knows how long each stage took.
+        console: where to print; standard output by default.
+    """
+    found = sorted((_read_run(runs, runs / record.run, state) for record in records), key=_place)
     console = console or Console()
-    for dataset in dict.fromkeys(run.dataset for run in runs):
-        console.print(_terminal_table(dataset, table(run for run in runs if run.dataset == dataset)))
-    for sentence in comparisons(runs):
+    for dataset in dict.fromkeys(run.dataset for run in found):
+        console.print(_terminal_table(dataset, table(run for run in found if run.dataset == dataset)))
+    for sentence in comparisons(found):
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -308,13 +323,6 @@ def _terminal_table(dataset: str, rows: Sequence[Row]) -> Table:
     for row in rows:
         shown.add_row(*(escape(row.texts[place]) for place in kept))
     return shown
-
-
-def _run_of(record: ExperimentRecord, state: Path) -> Run:
-    return Run(
-        dataset=record.dataset, method=record.method, seed=record.seed, folder=Path(record.run),
-        record=record, sessions=(), seconds=seconds_of(record.run, state),
-    )  # fmt: skip
 
 
 def build(runs: Path, out: Path, state: Path) -> list[Path]:

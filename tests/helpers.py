@@ -4,6 +4,7 @@ Three classes, ``zero`` and ``one`` (base) and ``two`` (new in session 1), two g
 two epochs a session. ``finetune`` draws nothing, ``fixed_sd`` only draws, anything else does all six stages.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from tasks.records import (
     Verdict,
 )
 from tasks.store import StageFolder, Store, artifacts_of, export, write_json, write_lines
+from tasks.tracked import STAGES
 
 CLASSES = ("zero", "one", "two")
 N_BASE = 2
@@ -107,7 +109,7 @@ def fabricate_run(
     epochs: int = 2,
     prompt: Prompt = plain_prompt,
     sealed_sessions: int | None = None,
-    seconds: float | None = None,
+    seconds: float = 10.0,
 ) -> FabricatedRun:
     """Seal and export a run below ``root/state`` and ``root/runs``.
 
@@ -120,7 +122,7 @@ def fabricate_run(
         epochs: epochs of each session.
         prompt: what is asked of the generator, by class name and epoch.
         sealed_sessions: stop after so many sessions, as a killed run does; None runs to the end.
-        seconds: what the state says the run took, if it says anything.
+        seconds: what the state says each stage took.
     """
     name = f"{dataset}/{method}/seed-{seed}"
     learner = {"lr": 2e-4, "layers": [1, 2]}
@@ -132,9 +134,16 @@ def fabricate_run(
         if sealed_sessions is None:
             made.experiment = _experiment(made, dataset)
             write_json(made.folder / "experiment.json", made.experiment)
-        if seconds is not None:
-            write_json(made.store.root / "runs" / name / "timing.json", {"seconds": seconds})
+    _retime(made, seconds)
     return made
+
+
+def _retime(made: FabricatedRun, seconds: float) -> None:
+    sealed = [made.initials, [session.test for session in made.sessions]]
+    sealed += [[getattr(epoch, stage) for epoch in made.epochs] for stage in STAGES]
+    for record in (record for group in sealed for record in group if record is not None):
+        path = made.store.root / "stages" / record.stage / record.fingerprint / "timing.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": seconds}))
 
 
 def _sessions(made: FabricatedRun, correct: tuple[tuple[int, ...], ...], epochs: int) -> None:
