@@ -6,6 +6,7 @@ hence alpha / rank is folded into B. The file's bytes depend on the weights alon
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,6 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 NAME = "fscil"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -136,7 +140,7 @@ def _parameters(unet: UNet2DConditionModel) -> Iterator[tuple[str, nn.Parameter]
     return ((name, p) for name, p in unet.named_parameters() if name.endswith(marks))
 
 
-def _layers(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
+def _layers(unet: UNet2DConditionModel) -> Iterator["LoraLayer"]:
     return (m for m in unet.modules() if NAME in getattr(m, "lora_B", {}))
 
 

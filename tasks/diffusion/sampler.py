@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SchedulerName = Literal["ddim", "dpmsolver++"]
 CoefMode = Literal["exact", "unit"]
-Scheduler = DDIMScheduler | DPMSolverMultistepScheduler
+Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler
 
 ImageLoss = Callable[[Float[Tensor, "m 3 h w"], slice], Float[Tensor, " m"]]
 """Loss of each of some images (unclamped, about [0, 1]); the slice says which of the batch they are."""
@@ -92,7 +92,7 @@ def make_scheduler(config: Mapping[str, Any], name: SchedulerName) -> Scheduler:
     if name not in kinds:
         raise ValueError(f"scheduler {name!r} is unknown; it is one of {', '.join(kinds)}")
     kind, fixed = kinds[name]
-    known = set(inspect.signature(kind.__init__).parameters)
+    known = set(inspect.signature(kind).parameters)
     return kind(**{**{key: value for key, value in config.items() if key in known}, **fixed})
 
 
@@ -223,7 +223,9 @@ def _image_side(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stage 1: losses [n], images [n, 3, h, w] and d mean(loss) / d latents, a few images at a time."""
     n, size = len(latents), generator.gradient_chunk
-    losses, images, gradients = [], [], []
+    losses: list[Tensor] = []
+    images: list[Tensor] = []
+    gradients: list[Tensor] = []
     for start in range(0, n, size):
         part = slice(start, min(start + size, n))
         z = latents[part].to(torch.promote_types(latents.dtype, torch.float32)).detach().requires_grad_()
