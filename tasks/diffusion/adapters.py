@@ -5,6 +5,7 @@ hence alpha / rank is folded into B. The file's bytes depend on the weights alon
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,41 @@ def set_alpha(unet: UNet2DConditionModel, alpha: float) -> None:
 def rank_of(unet: UNet2DConditionModel) -> int:
     """The attached adapter's rank."""
     return next(_layers(unet)).r[NAME]
+
+
+@contextmanager
+def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
+    """The base model for a while; its adapter, if it has one, stays attached."""
+    if not is_attached(unet):
+        yield
+        return
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
+
+
+@contextmanager
+def merged(unet: UNet2DConditionModel) -> Iterator[None]:
+    """The adapter added to the base weights for a while: the same predictions with fewer operations.
+
+    The base weights are put aside, not subtracted from again, so they come back bit for bit. A base in half
+    precision would round the adapter away and is left as it is.
+    """
+    if not is_attached(unet) or unet.dtype != torch.float32:
+        yield
+        return
+    weights = [(layer.get_base_layer().weight, layer.get_delta_weight(NAME)) for layer in _layers(unet)]
+    originals = [weight.data for weight, _ in weights]
+    with disabled(unet):
+        for weight, delta in weights:
+            weight.data = weight.data + delta.detach()
+        try:
+            yield
+        finally:
+            for (weight, _), original in zip(weights, originals, strict=True):
+                weight.data = original
 
 
 def save(unet: UNet2DConditionModel, folder: Path) -> None:

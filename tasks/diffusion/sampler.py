@@ -17,8 +17,7 @@ have gradient.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -26,6 +25,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from tasks.diffusion import adapters
 
 if TYPE_CHECKING:
     from tasks.diffusion.generator import StableDiffusion
@@ -152,10 +153,11 @@ def sample_chain(
     walker = _fresh(scheduler, n_steps)
     x = noise * walker.init_noise_sigma
     kept = {}
-    for k, timestep in enumerate(walker.timesteps):
-        if k in keep_steps:
-            kept[k] = (x, timestep)
-        x = walker.step(guided_noise(unet, x, timestep, condition), timestep, x, return_dict=False)[0]
+    with adapters.merged(unet):
+        for k, timestep in enumerate(walker.timesteps):
+            if k in keep_steps:
+                kept[k] = (x, timestep)
+            x = walker.step(guided_noise(unet, x, timestep, condition), timestep, x, return_dict=False)[0]
     return ChainResult(latents=x, kept=kept)
 
 
@@ -241,16 +243,6 @@ def _drift(
     unet: UNet2DConditionModel, x: Tensor, timestep: Tensor, condition: Condition, prediction: Tensor
 ) -> Tensor:
     """Mean squared difference between the adapted and the base prediction."""
-    with torch.no_grad(), without_adapter(unet):
+    with torch.no_grad(), adapters.disabled(unet):
         base = guided_noise(unet, x, timestep, condition)
     return (prediction.float() - base.float()).square().mean()
-
-
-@contextmanager
-def without_adapter(unet: UNet2DConditionModel) -> Iterator[None]:
-    """The base model for a while; its adapter stays attached."""
-    unet.disable_adapters()
-    try:
-        yield
-    finally:
-        unet.enable_adapters()

@@ -71,6 +71,27 @@ def test_removing_an_adapter_gives_the_base_images_back(build: Build, adapter: P
     assert torch.equal(generator.draw(PROMPTS, SEEDS), base)
 
 
+def test_merging_predicts_the_same_and_gives_the_base_back_bit_for_bit(build: Build, adapter: Path) -> None:
+    generator = build()
+    generator.use_adapter(adapter)
+    before = {name: value.clone() for name, value in generator.unet.state_dict().items()}
+    x, context = torch.randn(2, 2, 8, 8), generator.encode_prompts(["one", "two"])
+
+    def predict() -> torch.Tensor:
+        with torch.no_grad():
+            return generator.unet(x, 500, context, return_dict=False)[0]
+
+    plain = predict()
+    with adapters.disabled(generator.unet):
+        base = predict()
+    with adapters.merged(generator.unet):
+        assert torch.allclose(predict(), plain, atol=1e-6)
+    assert not torch.allclose(plain, base, atol=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in generator.unet.state_dict().items())
+    assert torch.equal(predict(), plain)
+    assert all(p.requires_grad for p in adapters.trainable(generator.unet))
+
+
 def test_bytes_depend_on_the_weights_alone(build: Build, adapter: Path, tmp_path: Path) -> None:
     for name in ("second", "third"):
         generator = build()

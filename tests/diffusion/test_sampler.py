@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from tasks.diffusion import adapters
 from tasks.diffusion.generator import StableDiffusion
 from tasks.diffusion.sampler import (
     guided_noise,
@@ -14,7 +15,6 @@ from tasks.diffusion.sampler import (
     one_step_gradient,
     step_coefficients,
     timesteps_of,
-    without_adapter,
 )
 from tasks.similarity.ssim import ssim_distance
 from tests.diffusion.conftest import awaken
@@ -216,7 +216,7 @@ def test_anchor_pulls_back_to_the_base_model(build: Build) -> None:
         condition = generator.condition(PROMPTS)
         with torch.no_grad():
             adapted = guided_noise(generator.unet, x, timestep, condition)
-            with without_adapter(generator.unet):
+            with adapters.disabled(generator.unet):
                 base = guided_noise(generator.unet, x, timestep, condition)
         return (adapted - base).square().mean().item()
 
