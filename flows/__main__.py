@@ -12,14 +12,15 @@ import itertools
 import os
 import socket
 import sys
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from rich.console import Console
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+SERVER_START_S = 180
 SWEPT = ("dataset", "method", "seed")
 
 console = Console(stderr=True)
@@ -31,32 +32,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0 if arguments else EXIT_USAGE
-    choose_prefect_server()
+    quieten()
     commands = {"replay": _replay, "report": _report}
     try:
-        return commands[arguments[0]](arguments[1:]) if arguments[0] in commands else _run(arguments)
+        if arguments[0] in commands:
+            return commands[arguments[0]](arguments[1:])
+        return _run(arguments)
     except KeyboardInterrupt:
         console.print("interrupted; nothing sealed is lost - the same command goes on from here")
         return EXIT_INTERRUPTED
 
 
-def choose_prefect_server() -> None:
-    """Use the Prefect server that pyproject.toml names if it listens; else let Prefect start its own.
-
-    Must run before Prefect is imported. A server of its own keeps its database in the state folder.
-    """
+def quieten() -> None:
+    """Settings that Prefect, diffusers and transformers read when they are imported."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
-    if "PREFECT_API_URL" in os.environ:
-        return
-    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
-    url = tomllib.loads(project.read_text("utf-8"))["tool"]["prefect"]["api"]["url"] if project.is_file() else ""
-    if not url or not _listens(url):
-        os.environ["PREFECT_API_URL"] = ""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "prefect" not in sys.modules:
         os.environ.setdefault("PREFECT_HOME", str(Path(".fscil/prefect").resolve()))
-    else:
-        os.environ["PREFECT_API_URL"] = url
+
+
+@contextmanager
+def prefect_server() -> Iterator[None]:
+    """Use the Prefect server of the settings if it listens; else run one for as long as the block lasts."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = PREFECT_API_URL.value()
+    if url and _listens(url):
+        yield
+        return
+    from prefect.server.api.server import SubprocessASGIServer
+
+    with temporary_settings({PREFECT_API_URL: None}):
+        server = SubprocessASGIServer()
+        server.start(timeout=SERVER_START_S)
+        try:
+            with temporary_settings({PREFECT_API_URL: server.api_url}):
+                yield
+        finally:
+            server.stop()
 
 
 def _listens(url: str) -> bool:
@@ -78,7 +95,9 @@ def expand(arguments: Sequence[str]) -> list[list[str]]:
     for argument in arguments:
         name, sign, value = argument.partition("=")
         if not sign:
-            raise ValueError(f"{argument!r} is neither a command nor an override name=value; see fscil --help")
+            raise ValueError(
+                f"{argument!r} is neither a command nor an override name=value; see fscil --help"
+            )
         axes.append([f"{name}={one}" for one in value.split(",")] if name in SWEPT else [argument])
     return [list(combination) for combination in itertools.product(*axes)]
 
@@ -95,15 +114,16 @@ def _run(arguments: Sequence[str]) -> int:
     from flows.report import print_table
 
     records = []
-    for combination, config in zip(combinations, configs, strict=True):
-        chosen = dict(item.split("=", 1) for item in combination if item.partition("=")[0] in SWEPT)
-        rest = [item for item in combination if item.partition("=")[0] not in SWEPT]
-        console.rule(f"{config.dataset.name} · {config.method} · seed {config.seed}")
-        try:
-            records.append(fscil(chosen.get("dataset", "digits"), config.method, config.seed, rest))
-        except _known_errors() as error:
-            return _fail(error, EXIT_FAILED)
-    print_table(records, config.runtime.state)
+    with prefect_server():
+        for combination, config in zip(combinations, configs, strict=True):
+            chosen = dict(item.split("=", 1) for item in combination if item.partition("=")[0] in SWEPT)
+            rest = [item for item in combination if item.partition("=")[0] not in SWEPT]
+            console.rule(f"{config.dataset.name} · {config.method} · seed {config.seed}")
+            try:
+                records.append(fscil(chosen.get("dataset", "digits"), config.method, config.seed, rest))
+            except _known_errors() as error:
+                return _fail(error, EXIT_FAILED)
+    print_table(records, config.runtime.runs, config.runtime.state)
     return 0
 
 
@@ -111,9 +131,13 @@ def _replay(arguments: Sequence[str]) -> int:
     from flows.replay import replay
 
     if len(arguments) != 1:
-        return _fail(ValueError("replay takes one epoch folder: fscil replay runs/.../session-00/epoch-000"), EXIT_USAGE)
+        return _fail(
+            ValueError("replay takes one epoch folder: fscil replay runs/.../session-00/epoch-000"),
+            EXIT_USAGE,
+        )
     try:
-        report = replay(Path(arguments[0]))
+        with prefect_server():
+            report = replay(Path(arguments[0]))
     except _known_errors() as error:
         return _fail(error, EXIT_USAGE)
     print(report.sentence())

@@ -135,6 +135,10 @@ def _pydantic_sentence(error: ValidationError) -> str:
     parts = []
     for item in error.errors(include_url=False):
         name = ".".join(str(step) for step in item["loc"])
-        given = "" if item["type"] == "missing" or isinstance(item["input"], Mapping) else f" (got {item['input']!r})"
+        given = (
+            ""
+            if item["type"] == "missing" or isinstance(item["input"], Mapping)
+            else f" (got {item['input']!r})"
+        )
         parts.append(f"{name}: {item['msg']}{given}")
     return "; ".join(parts)

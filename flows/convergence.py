@@ -1,4 +1,4 @@
-"""When a session's epochs stop: a pure rule over what validation said. Test accuracy is not among its inputs."""
+"""When a session's epochs stop: a pure rule over validation accuracies. Test accuracy is not among its inputs."""
 
 from collections.abc import Sequence
 

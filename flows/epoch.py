@@ -59,4 +59,6 @@ def run_epoch(
             tuned = tune_lora(context, mined.output, verdicts, augmenter, config.generator, config.tuning)
             adapter = tuned.output.adapter or adapter
     drawn = regenerate(context, context.epoch + 1, augmenter, config.generator, adapter, verdicts)
-    return record.model_copy(update={"mine": mined, "compare": compared, "tune": tuned, "regenerate": drawn}), None
+    return record.model_copy(
+        update={"mine": mined, "compare": compared, "tune": tuned, "regenerate": drawn}
+    ), None

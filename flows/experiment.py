@@ -73,12 +73,19 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
         _same_settings(folder / "config.json", config)
         split = seal_split(store, config)
         with ExitStack() as stack:
-            vlm_url = stack.enter_context(check_vlm(config.vlm, serve_miniature)) if config.augmenter.asks_vlm else None
+            vlm_url = (
+                stack.enter_context(check_vlm(config.vlm, serve_miniature))
+                if config.augmenter.asks_vlm
+                else None
+            )
             write_json(folder / "config.json", config.identity)
             origin = provenance(
                 config.identity,
                 data_digest=str(split.inputs["benchmark"]),
-                weights={"backbone": backbone_digest(config.learner.backbone), "generator": generator_digest(config.generator)},
+                weights={
+                    "backbone": backbone_digest(config.learner.backbone),
+                    "generator": generator_digest(config.generator),
+                },
                 command=tuple(sys.argv),
             )
             write_json(store.root / "runs" / config.run_key / "provenance.json", origin)
@@ -120,7 +127,8 @@ def seal_split(store: Store, config: ExperimentConfig) -> StageRecord[Split]:
     benchmark = build_benchmark(config.dataset)
 
     def compute(work: StageFolder) -> Split:
-        train, test = [], []
+        train: list[ArtifactRef] = []
+        test: list[ArtifactRef] = []
         for session in benchmark.sessions:
             for view, refs, name in (
                 (session.model_copy(update={"test": ()}), train, "train"),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from flows.config import ExperimentConfig
 from tasks.diffusion.generator import StableDiffusion, weights_digest
-from tasks.images import png_bytes, load_image
+from tasks.images import load_image, png_bytes
 from tasks.records import AugmentationSet, AugmentedImage, Digest, EpochRecord, Frozen, StageRecord
 from tasks.store import digest_of, read_json, read_lines
 
@@ -84,13 +84,17 @@ def replay(folder: Path) -> ReplayReport:
 def _set_of(folder: Path) -> Set:
     record = folder / "record.json"
     if not record.is_file():
-        raise ReplayError(f"{folder} holds no record.json; give an epoch folder such as runs/.../session-00/epoch-000")
+        raise ReplayError(
+            f"{folder} holds no record.json; give an epoch folder such as runs/.../session-00/epoch-000"
+        )
     content = read_json(record)
     if content.get("stage") == "regenerate":
         return Set.model_validate(content)
     drawn = EpochRecord.model_validate(content).regenerate
     if drawn is None:
-        raise ReplayError(f"{folder} drew no images: its augmenter has none, or it was the session's last epoch")
+        raise ReplayError(
+            f"{folder} drew no images: its augmenter has none, or it was the session's last epoch"
+        )
     return drawn
 
 
@@ -101,7 +105,9 @@ def _config_of(folder: Path) -> ExperimentConfig:
         if (parent / "config.json").is_file():
             stored = read_json(parent / "config.json")
             here = load_config([])
-            return ExperimentConfig.model_validate({**here.model_dump(include={"runtime", "tracking"}), **stored})
+            return ExperimentConfig.model_validate(
+                {**here.model_dump(include={"runtime", "tracking"}), **stored}
+            )
     raise ReplayError(f"no config.json above {folder}")
 
 

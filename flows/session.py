@@ -8,7 +8,15 @@ from flows.config import ExperimentConfig
 from flows.epoch import run_epoch
 from tasks.context import EpochContext
 from tasks.evaluate import evaluate_test
-from tasks.records import ArtifactRef, EpochRecord, LoopState, SessionRecord, Usage
+from tasks.records import (
+    ArtifactRef,
+    AugmentationSet,
+    EpochRecord,
+    LoopState,
+    SessionRecord,
+    StageRecord,
+    Usage,
+)
 from tasks.regenerate import regenerate
 from tasks.store import artifacts_of, export, write_json
 from tasks.tracking import Tracker
@@ -82,7 +90,7 @@ def _starting(context: EpochContext, epoch: int, start: LoopState) -> EpochConte
     return context.model_copy(update={"epoch": epoch, "start": start})
 
 
-def _images_drawn(initial: object, records: list[EpochRecord]) -> int:
+def _images_drawn(initial: StageRecord[AugmentationSet] | None, records: list[EpochRecord]) -> int:
     sets = [initial, *(record.regenerate for record in records)]
     return sum(stage.output.count for stage in sets if stage is not None)
 

@@ -34,7 +34,9 @@ class AugmenterSettings(Frozen):
         if "{category}" not in self.base_prompt:
             raise ValueError(f"augmenter.base_prompt {self.base_prompt!r} must contain {{category}}")
         if self.source == "none" and (self.prompts != "fixed" or self.tuning != "none"):
-            raise ValueError("augmenter.source=none draws no images: use prompts=fixed and tuning=none with it")
+            raise ValueError(
+                "augmenter.source=none draws no images: use prompts=fixed and tuning=none with it"
+            )
         return self
 
     @property
@@ -64,7 +66,10 @@ class Slot(Frozen):
 
 
 def first_slots(
-    session: Session, class_names: Sequence[str], settings: AugmenterSettings, earlier: Sequence[AugmentedImage]
+    session: Session,
+    class_names: Sequence[str],
+    settings: AugmenterSettings,
+    earlier: Sequence[AugmentedImage],
 ) -> list[Slot]:
     """The slots of A_0: the base prompt for every new class, the last prompts again for earlier ones.
 
@@ -74,7 +79,10 @@ def first_slots(
         settings: how many images, and the base prompt.
         earlier: the set that the session before ended with; its prompts were learned there.
     """
-    return [*_new_class_slots(session, class_names, settings), *_replay_slots(session, class_names, settings, earlier)]
+    return [
+        *_new_class_slots(session, class_names, settings),
+        *_replay_slots(session, class_names, settings, earlier),
+    ]
 
 
 def _new_class_slots(session: Session, class_names: Sequence[str], settings: AugmenterSettings) -> list[Slot]:
@@ -87,14 +95,23 @@ def _new_class_slots(session: Session, class_names: Sequence[str], settings: Aug
         count = max(len(ids) * settings.images_per_original, settings.min_per_class)
         prompt = settings.base_prompt.format(category=class_names[label])
         slots += [
-            Slot(id=f"{label:03d}-{n:04d}", source_id=ids[n % len(ids)], label=label, prompt=prompt, parent_id=None)
+            Slot(
+                id=f"{label:03d}-{n:04d}",
+                source_id=ids[n % len(ids)],
+                label=label,
+                prompt=prompt,
+                parent_id=None,
+            )
             for n in range(count)
         ]
     return slots
 
 
 def _replay_slots(
-    session: Session, class_names: Sequence[str], settings: AugmenterSettings, earlier: Sequence[AugmentedImage]
+    session: Session,
+    class_names: Sequence[str],
+    settings: AugmenterSettings,
+    earlier: Sequence[AugmentedImage],
 ) -> list[Slot]:
     known: dict[int, list[AugmentedImage]] = defaultdict(list)
     for image in earlier:
@@ -112,7 +129,10 @@ def _replay_slots(
 
 def _spread(prompts: Sequence[str], count: int) -> list[str]:
     """``count`` prompts taken evenly from the list, so that its proportions are kept."""
-    return [prompts[(n * len(prompts)) // count] if count <= len(prompts) else prompts[n % len(prompts)] for n in range(count)]
+    return [
+        prompts[(n * len(prompts)) // count] if count <= len(prompts) else prompts[n % len(prompts)]
+        for n in range(count)
+    ]
 
 
 def next_slots(images: Sequence[AugmentedImage], verdicts: Mapping[str, Verdict]) -> list[Slot]:

@@ -113,7 +113,11 @@ def evaluate_test(
         "evaluate_test",
         VERSION,
         settings={"learner": learner_identity(learner), "size": context.dataset.size},
-        inputs={"test": test_ref.digest, "classifier": classifier.digest, "backbone": backbone_digest(learner.backbone)},
+        inputs={
+            "test": test_ref.digest,
+            "classifier": classifier.digest,
+            "backbone": backbone_digest(learner.backbone),
+        },
         seed=0,
         output=TestEvaluation,
         compute=compute,

@@ -18,6 +18,9 @@ from tasks.learners.base import Learner, TrainingData
 from tasks.learners.factory import LearnerSettings, make_learner
 from tasks.records import ArtifactRef, AugmentedImage, Digest, ImageRef, Session
 from tasks.store import Store, digest_of, read_lines
+from tasks.vlm.client import VlmSettings
+
+MINIATURE_CAPTIONER = Path(__file__).resolve().parent / "miniature" / "weights" / "captioner"
 
 
 def load_session(store: Store, ref: ArtifactRef) -> Session:
@@ -54,7 +57,9 @@ def augmented_paths(context: EpochContext, images: Sequence[AugmentedImage]) -> 
     return [folder / image.path for image in images]
 
 
-def augmented_tensors(context: EpochContext, images: Sequence[AugmentedImage], size: int | None = None) -> Tensor:
+def augmented_tensors(
+    context: EpochContext, images: Sequence[AugmentedImage], size: int | None = None
+) -> Tensor:
     """Generated images as one tensor [n, 3, size, size] in [0, 1]."""
     return load_images(augmented_paths(context, images), size or context.dataset.size)
 
@@ -70,7 +75,9 @@ def training_data(context: EpochContext, session: Session) -> TrainingData:
     return TrainingData(images=images, labels=torch.tensor(labels), is_generated=is_generated)
 
 
-def learner_for(context: EpochContext, learner: LearnerSettings, classifier: ArtifactRef | None = None) -> Learner:
+def learner_for(
+    context: EpochContext, learner: LearnerSettings, classifier: ArtifactRef | None = None
+) -> Learner:
     """A learner with the given weights, or those the epoch starts from, or the pre-trained ones."""
     context.runtime.apply()
     model = make_learner(learner, len(context.class_names), context.runtime.torch_device)
@@ -97,7 +104,9 @@ def _generator(settings: GeneratorSettings, device: str) -> StableDiffusion:
     return StableDiffusion.from_settings(settings, torch.device(device))
 
 
-def generator_for(context: EpochContext, settings: GeneratorSettings, adapter: ArtifactRef | None) -> StableDiffusion:
+def generator_for(
+    context: EpochContext, settings: GeneratorSettings, adapter: ArtifactRef | None
+) -> StableDiffusion:
     """The generator with an adapter attached, or with none."""
     context.runtime.apply()
     generator = _generator(settings, str(context.runtime.torch_device))
@@ -109,6 +118,14 @@ def generator_for(context: EpochContext, settings: GeneratorSettings, adapter: A
 def generator_digest(settings: GeneratorSettings) -> Digest:
     """The content id of the base generator's weights."""
     return weights_digest(settings.path)
+
+
+@lru_cache(maxsize=4)
+def vlm_digest(settings: VlmSettings) -> Digest | None:
+    """The content id of the VLM's weights where the project ships them; a provider's model is its name."""
+    return (
+        digest_of(MINIATURE_CAPTIONER) if settings.kind == "miniature" and settings.base_url is None else None
+    )
 
 
 def generator_identity(settings: GeneratorSettings) -> dict[str, object]:

@@ -21,7 +21,9 @@ VERSION = 1
 
 
 @task(name="mine_failures", cache_policy=NO_CACHE, persist_result=False)
-def mine_failures(context: EpochContext, predictions: ArtifactRef, mining: MiningSettings) -> StageRecord[Mining]:
+def mine_failures(
+    context: EpochContext, predictions: ArtifactRef, mining: MiningSettings
+) -> StageRecord[Mining]:
     """Select, class by class, what the VLM compares and what the tuner contrasts."""
 
     def compute(work: StageFolder) -> Mining:
@@ -64,7 +66,9 @@ def mine_failures(context: EpochContext, predictions: ArtifactRef, mining: Minin
     )
 
 
-def _write(work: StageFolder, mined: list[Mined], failures: dict[int, int], candidates: dict[int, int]) -> Mining:
+def _write(
+    work: StageFolder, mined: list[Mined], failures: dict[int, int], candidates: dict[int, int]
+) -> Mining:
     write_lines(work.path / "pairs.jsonl", [pair for m in mined for pair in m.pairs])
     write_lines(work.path / "triplets.jsonl", [triplet for m in mined for triplet in m.triplets])
     write_lines(work.path / "clusters.jsonl", [cluster for m in mined for cluster in m.clusters])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from torch import Tensor
 from tqdm import tqdm
 
 from tasks.augmentation import AugmenterSettings, Slot, first_slots, image_id, next_slots
@@ -17,7 +18,7 @@ from tasks.context import EpochContext
 from tasks.diffusion.generator import GeneratorSettings
 from tasks.images import save_png
 from tasks.loading import augmented_images, generator_digest, generator_for, generator_identity, session_of
-from tasks.records import ArtifactRef, AugmentationSet, AugmentedImage, StageRecord, Verdict
+from tasks.records import ArtifactRef, AugmentationSet, AugmentedImage, Digest, StageRecord, Verdict
 from tasks.seeding import seed_for
 from tasks.store import StageFolder, digest_of, fingerprint, read_lines, write_lines
 
@@ -45,7 +46,7 @@ def regenerate(
     """
     slots = slots_of(context, epoch, augmenter, verdicts)
     seeds = [seed_for(context.seed, context.session, epoch, "regenerate", slot.id) for slot in slots]
-    inputs = {
+    inputs: dict[str, Digest | None] = {
         "slots": _slots_digest(slots, context.class_names),
         "adapter": adapter.digest if adapter else None,
         "generator": generator_digest(generator),
@@ -88,9 +89,9 @@ def slots_of(
     return next_slots(earlier, {verdict.augmented_id: verdict for verdict in rows})
 
 
-def _slots_digest(slots: Sequence[Slot], class_names: Sequence[str]) -> str:
+def _slots_digest(slots: Sequence[Slot], class_names: Sequence[str]) -> Digest:
     content = {"slots": [slot.model_dump() for slot in slots], "names": list(class_names)}
-    return fingerprint("slots", 1, content, {}, 0)
+    return Digest(fingerprint("slots", 1, content, {}, 0))
 
 
 def _draw_shards(
@@ -122,7 +123,9 @@ def _draw_shards(
     return rows
 
 
-def _keep(context: EpochContext, epoch: int, folder: Path, slot: Slot, seed: int, image: object) -> AugmentedImage:
+def _keep(
+    context: EpochContext, epoch: int, folder: Path, slot: Slot, seed: int, image: Tensor
+) -> AugmentedImage:
     path = f"{context.class_names[slot.label]}/{slot.id}.png"
     target = folder / "images" / path
     target.parent.mkdir(parents=True, exist_ok=True)

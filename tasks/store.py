@@ -261,7 +261,7 @@ class Store:
                 leftover.unlink()
             began = time.monotonic()
             result = compute(StageFolder(work, f"{stage}/{mark}"))
-            record = StageRecord[output](
+            record: StageRecord[Output] = _record_type(output)(
                 stage=stage,
                 version=version,
                 fingerprint=mark,
@@ -301,13 +301,17 @@ class Store:
         if not folder.exists():
             return None
         try:
-            record = StageRecord[output].model_validate_json((folder / "record.json").read_text("utf-8"))
+            record: StageRecord[Output] = _record_type(output).model_validate_json(
+                (folder / "record.json").read_text("utf-8")
+            )
             self.verify(artifacts_of(record.output))
         except (OSError, ValueError, StoreError) as error:
             aside = folder.with_name(f"{mark}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-            log.warning("sealed stage %s/%s is damaged (%s); moved aside and computed anew", stage, mark, error)
+            log.warning(
+                "sealed stage %s/%s is damaged (%s); moved aside and computed anew", stage, mark, error
+            )
             return None
         return record
 
@@ -323,7 +327,9 @@ class Store:
                 raise StoreError(f"{ref.path} has digest {found}, its record says {ref.digest}")
 
     def _seal(self, work: Path, record: StageRecord, seconds: float) -> None:
-        timing = Timing(seconds=round(seconds, 3), finished=datetime.now(UTC).isoformat(), host=socket.gethostname())
+        timing = Timing(
+            seconds=round(seconds, 3), finished=datetime.now(UTC).isoformat(), host=socket.gethostname()
+        )
         write_json(work / "timing.json", timing)
         write_json(work / "record.json", record)
         _sync_tree(work)
@@ -339,6 +345,10 @@ class Store:
     def run_lock(self, key: str) -> FileLock:
         """The lock of one run key; the kernel frees it when its holder dies."""
         return FileLock(self._lock_path(f"run-{key}"), timeout=0)
+
+
+def _record_type(output: type[Output]) -> type[StageRecord[Output]]:
+    return StageRecord[output]  # type: ignore[valid-type]
 
 
 def artifacts_of(value: object) -> Iterator[ArtifactRef]:

@@ -39,7 +39,7 @@ def stage_metrics(record: EpochRecord) -> dict[str, dict[str, float]]:
     epoch's updates; values that are not finite are left out.
     """
     drawn = {"regenerate/images": record.regenerate.output.count} if record.regenerate else {}
-    found = {
+    found: dict[str, Mapping[str, float]] = {
         "train": _train_metrics(record),
         "evaluate": _evaluate_metrics(record),
         "mine": _mine_metrics(record),

@@ -16,8 +16,16 @@ from tasks.context import EpochContext
 from tasks.diffusion import adapters
 from tasks.diffusion.generator import GeneratorSettings
 from tasks.diffusion.tuning import TuningExample, TuningSettings, tune
+from tasks.diffusion.windows import StepsRule
 from tasks.images import load_images
-from tasks.loading import augmented_images, augmented_tensors, generator_digest, generator_for, generator_identity, original_paths
+from tasks.loading import (
+    augmented_images,
+    augmented_tensors,
+    generator_digest,
+    generator_for,
+    generator_identity,
+    original_paths,
+)
 from tasks.records import ArtifactRef, AugmentedImage, Cluster, Mining, StageRecord, Triplet, Tuning, Verdict
 from tasks.seeding import seed_for
 from tasks.store import StageFolder, read_lines
@@ -35,12 +43,16 @@ def tune_lora(
     tuning: TuningSettings,
 ) -> StageRecord[Tuning]:
     """Pull the generator towards what was got wrong and away from what was got right too easily."""
+    assert augmenter.tuning != "none", "the epoch asks for tuning only where the augmenter tunes"
+    rule: StepsRule = augmenter.tuning
     start, seed = context.start, seed_for(context.seed, context.session, context.epoch, "tune_lora")
 
     def compute(work: StageFolder) -> Tuning:
         examples = list(_examples(context, mining, verdicts, generator.size, seed))
         if not examples:
-            return Tuning(adapter=None, updates=0, series={}, steps_drawn=(), skipped_because="no failure to learn from")
+            return Tuning(
+                adapter=None, updates=0, series={}, steps_drawn=(), skipped_because="no failure to learn from"
+            )
         model = generator_for(context, generator, start.adapter)
         title = f"session {context.session} epoch {context.epoch}: tuning"
         with tqdm(total=tuning.updates, desc=title, unit="update", disable=None, leave=False) as bar:
@@ -48,7 +60,7 @@ def tune_lora(
                 model,
                 examples,
                 tuning,
-                steps_rule=augmenter.tuning,
+                steps_rule=rule,
                 seed=seed,
                 progress=lambda done, _total: bar.update(done - bar.n),
             )
@@ -68,7 +80,7 @@ def tune_lora(
         settings={
             "tuning": tuning.model_dump(),
             "generator": generator_identity(generator),
-            "rule": augmenter.tuning,
+            "rule": rule,
         },
         inputs={
             "triplets": mining.triplets.digest,

@@ -15,7 +15,14 @@ from tqdm import tqdm
 from tasks.augmentation import AugmenterSettings
 from tasks.context import EpochContext
 from tasks.diffusion.generator import GeneratorSettings
-from tasks.loading import augmented_images, augmented_paths, generator_digest, generator_for, original_paths
+from tasks.loading import (
+    augmented_images,
+    augmented_paths,
+    generator_digest,
+    generator_for,
+    original_paths,
+    vlm_digest,
+)
 from tasks.records import Cluster, Comparing, FailurePair, ImageRef, Mining, StageRecord, Verdict
 from tasks.store import StageFolder, read_lines, write_lines
 from tasks.vlm.cassette import write_transcript
@@ -39,10 +46,14 @@ def vlm_compare(
 
     def compute(work: StageFolder) -> Comparing:
         fits = generator_for(context, generator, context.start.adapter).fits
-        with tqdm(desc=f"session {context.session} epoch {context.epoch}: VLM", disable=None, leave=False) as bar:
+        with tqdm(
+            desc=f"session {context.session} epoch {context.epoch}: VLM", disable=None, leave=False
+        ) as bar:
             client = open_client(vlm, base_url=vlm_url, cache=context.runtime.state / "vlm")
             result = Coordinator(client, vlm).judge_all(
-                _pairs(context, mining), fits, lambda phase, done, total: bar.set_postfix_str(f"{phase} {done}/{total}")
+                _pairs(context, mining),
+                fits,
+                lambda phase, done, total: bar.set_postfix_str(f"{phase} {done}/{total}"),
             )
         clusters = read_lines(context.store.locate(mining.clusters), Cluster)
         verdicts = _inherited(_applied(result.verdicts, context, augmenter), clusters)
@@ -71,6 +82,7 @@ def vlm_compare(
             "images": augmentation.images.digest,
             "manifest": augmentation.manifest.digest,
             "generator": generator_digest(generator),
+            "vlm": vlm_digest(vlm),
         },
         seed=0,
         output=Comparing,
@@ -101,7 +113,9 @@ def _pairs(context: EpochContext, mining: Mining) -> list[PairToJudge]:
     ]
 
 
-def _applied(verdicts: Sequence[Verdict], context: EpochContext, augmenter: AugmenterSettings) -> list[Verdict]:
+def _applied(
+    verdicts: Sequence[Verdict], context: EpochContext, augmenter: AugmenterSettings
+) -> list[Verdict]:
     """With ``prompts=fixed`` the verdicts choose the steps to tune, and the prompts stay."""
     if augmenter.prompts == "rewritten":
         return list(verdicts)
@@ -117,7 +131,9 @@ def _inherited(verdicts: Sequence[Verdict], clusters: Sequence[Cluster]) -> list
         verdict = by_centre[cluster.centre]
         rows.append(verdict)
         rows += [
-            verdict.model_copy(update={"augmented_id": name, "comparisons": (), "inherited_from": cluster.centre})
+            verdict.model_copy(
+                update={"augmented_id": name, "comparisons": (), "inherited_from": cluster.centre}
+            )
             for name in cluster.members
             if name != cluster.centre
         ]
@@ -127,4 +143,3 @@ def _inherited(verdicts: Sequence[Verdict], clusters: Sequence[Cluster]) -> list
 def _changed(verdicts: Sequence[Verdict], context: EpochContext) -> int:
     prompts = {image.id: image.prompt for image in augmented_images(context)}
     return sum(verdict.prompt_next != prompts[verdict.augmented_id] for verdict in verdicts)
-

@@ -46,7 +46,10 @@ class Place:
             f"runtime.runs={self.root / 'runs'}",
         ]
         if tracking:
-            chosen += [f"tracking.uri=sqlite:///{self.root}/mlflow.db", f"tracking.artifacts={self.root / 'mlartifacts'}"]
+            chosen += [
+                f"tracking.uri=sqlite:///{self.root}/mlflow.db",
+                f"tracking.artifacts={self.root / 'mlartifacts'}",
+            ]
         else:
             chosen.append("tracking=off")
         return [*chosen, *more]

@@ -77,7 +77,11 @@ def test_every_module_and_public_name_says_what_it_is() -> None:
         if not name.endswith("__init__.py") and not ast.get_docstring(tree):
             silent.append(name)
         for node in tree.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_" and not ast.get_docstring(node):
+            if (
+                isinstance(node, ast.FunctionDef | ast.ClassDef)
+                and node.name[0] != "_"
+                and not ast.get_docstring(node)
+            ):
                 silent.append(f"{name}:{node.name}")
     assert silent == []
 
@@ -91,10 +95,16 @@ def test_nothing_unpickles_what_it_did_not_write_and_libraries_do_not_print() ->
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
-            weights_only = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
-            if called in ("pickle.load", "pickle.loads", "yaml.load") or (called == "torch.load" and not weights_only):
+            weights_only = any(
+                k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords
+            )
+            if called in ("pickle.load", "pickle.loads", "yaml.load") or (
+                called == "torch.load" and not weights_only
+            ):
                 wrong.append(f"{name}:{node.lineno} {called}")
-            if called == "print" and not name.endswith(("__main__.py", "pretrain.py", "quality.py", "vlm_server.py")):
+            if called == "print" and not name.endswith(
+                ("__main__.py", "pretrain.py", "quality.py", "vlm_server.py")
+            ):
                 wrong.append(f"{name}:{node.lineno} print")
     assert wrong == []
 

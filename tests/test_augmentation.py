@@ -25,7 +25,15 @@ def image(label: int, n: int) -> ImageRef:
 
 def session(index: int, new: tuple[int, ...], seen: tuple[int, ...], shots: int) -> Session:
     train = tuple(image(label, n) for label in new for n in range(shots))
-    return Session(index=index, new_classes=new, seen_classes=seen, train=train, val=(), test=(), val_rule="leave_one_out")
+    return Session(
+        index=index,
+        new_classes=new,
+        seen_classes=seen,
+        train=train,
+        val=(),
+        test=(),
+        val_rule="leave_one_out",
+    )
 
 
 def drawn(label: int, n: int, prompt: str, epoch: int = 2) -> AugmentedImage:
@@ -64,7 +72,9 @@ def test_old_classes_are_replayed_with_the_prompts_they_ended_with() -> None:
 
 
 def test_more_replayed_images_than_prompts_cycle() -> None:
-    slots = first_slots(session(1, (2,), (0, 2), 1), NAMES, settings(old_classes=3), [drawn(0, 0, "a"), drawn(0, 1, "b")])
+    slots = first_slots(
+        session(1, (2,), (0, 2), 1), NAMES, settings(old_classes=3), [drawn(0, 0, "a"), drawn(0, 1, "b")]
+    )
     assert [s.prompt for s in slots if s.label == 0] == ["a", "b", "a"]
 
 
@@ -77,7 +87,11 @@ def test_a_verdict_changes_only_its_own_slot_and_the_parent_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"base_prompt": "A picture"}, "category"), ({"source": "none"}, "draws no images"), ({"images_per_original": 0}, "greater")],
+    [
+        ({"base_prompt": "A picture"}, "category"),
+        ({"source": "none"}, "draws no images"),
+        ({"images_per_original": 0}, "greater"),
+    ],
 )
 def test_incoherent_settings_are_refused(changes: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
@@ -86,7 +100,12 @@ def test_incoherent_settings_are_refused(changes: dict, says: str) -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "tuning", "asks", "learns"),
-    [("fixed", "none", False, False), ("rewritten", "none", True, True), ("fixed", "first", False, True), ("fixed", "guided", True, True)],
+    [
+        ("fixed", "none", False, False),
+        ("rewritten", "none", True, True),
+        ("fixed", "first", False, True),
+        ("fixed", "guided", True, True),
+    ],
 )
 def test_who_asks_the_vlm(prompts: str, tuning: str, asks: bool, learns: bool) -> None:
     chosen = settings(prompts=prompts, tuning=tuning)

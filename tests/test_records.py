@@ -21,7 +21,15 @@ def image(name: str, **changes: object) -> ImageRef:
 
 
 def session(train: list[ImageRef], val: list[ImageRef], test: list[ImageRef]) -> Session:
-    return Session(index=0, new_classes=(0,), seen_classes=(0,), train=tuple(train), val=tuple(val), test=tuple(test), val_rule="holdout")  # fmt: skip
+    return Session(
+        index=0,
+        new_classes=(0,),
+        seen_classes=(0,),
+        train=tuple(train),
+        val=tuple(val),
+        test=tuple(test),
+        val_rule="holdout",
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +66,11 @@ def test_records_are_frozen_and_closed() -> None:
 
 
 def test_accuracy_is_micro_and_novel_classes_stand_apart() -> None:
-    counts = (ClassCount(label=0, correct=9, total=10), ClassCount(label=1, correct=6, total=10), ClassCount(label=2, correct=1, total=5))  # fmt: skip
+    counts = (
+        ClassCount(label=0, correct=9, total=10),
+        ClassCount(label=1, correct=6, total=10),
+        ClassCount(label=2, correct=1, total=5),
+    )
     accuracy = SessionAccuracy(session=1, n_base=2, counts=counts)
     assert accuracy.overall == pytest.approx(16 / 25)
     assert accuracy.base == pytest.approx(15 / 20)
@@ -66,7 +78,11 @@ def test_accuracy_is_micro_and_novel_classes_stand_apart() -> None:
     assert accuracy.harmonic == pytest.approx(2 * 0.75 * 0.2 / 0.95)
     base_only = SessionAccuracy(session=0, n_base=2, counts=counts[:2])
     assert (base_only.novel, base_only.harmonic) == (None, None)
-    nothing = SessionAccuracy(session=1, n_base=1, counts=(ClassCount(label=0, correct=0, total=3), ClassCount(label=1, correct=0, total=3)))  # fmt: skip
+    nothing = SessionAccuracy(
+        session=1,
+        n_base=1,
+        counts=(ClassCount(label=0, correct=0, total=3), ClassCount(label=1, correct=0, total=3)),
+    )
     assert nothing.harmonic == 0
 
 
@@ -80,12 +96,22 @@ def test_counting_predictions() -> None:
 
 def test_experiment_figures() -> None:
     def session_of(index: int, correct: int) -> SessionAccuracy:
-        return SessionAccuracy(session=index, n_base=1, counts=(ClassCount(label=0, correct=correct, total=10),))
+        return SessionAccuracy(
+            session=index, n_base=1, counts=(ClassCount(label=0, correct=correct, total=10),)
+        )
 
     record = ExperimentRecord(
-        run="r", dataset="d", method="m", seed=0, class_names=("a",), n_base=1, images_drawn=0, usage=Usage(), epochs=3,
+        run="r",
+        dataset="d",
+        method="m",
+        seed=0,
+        class_names=("a",),
+        n_base=1,
+        images_drawn=0,
+        usage=Usage(),
+        epochs=3,
         sessions=(session_of(0, 9), session_of(1, 6), session_of(2, 3)),
-    )  # fmt: skip
+    )
     assert (record.a_base, record.a_last, record.a_avg) == pytest.approx((0.9, 0.3, 0.6))
     assert record.pd == pytest.approx(0.6)
 

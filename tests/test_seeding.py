@@ -14,7 +14,10 @@ def test_seeds_are_pinned() -> None:
 
 
 def test_parts_do_not_run_together_and_types_count() -> None:
-    assert len({seed_for(1, 23), seed_for(12, 3), seed_for("1", 23), seed_for(1, "23"), seed_for("1\x1fint:23")}) == 5
+    assert (
+        len({seed_for(1, 23), seed_for(12, 3), seed_for("1", 23), seed_for(1, "23"), seed_for("1\x1fint:23")})
+        == 5
+    )
 
 
 @pytest.mark.parametrize("parts", [(), (1.5,), (None,), (b"a",)])
@@ -27,7 +30,10 @@ def test_hash_seed_does_not_matter() -> None:
     code = "from tasks.seeding import seed_for; print(seed_for(3, 'a'))"
     seen = {
         subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": value, "PATH": ""}, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": value, "PATH": ""},
+            capture_output=True,
+            text=True,
         ).stdout
         for value in ("1", "2")
     }
@@ -35,7 +41,9 @@ def test_hash_seed_does_not_matter() -> None:
 
 
 def test_generators_repeat() -> None:
-    assert torch.equal(torch.randn(4, generator=torch_generator(1, "a")), torch.randn(4, generator=torch_generator(1, "a")))
+    assert torch.equal(
+        torch.randn(4, generator=torch_generator(1, "a")), torch.randn(4, generator=torch_generator(1, "a"))
+    )
     assert numpy_generator(1, "a").random() == numpy_generator(1, "a").random()
     assert numpy_generator(1, "a").random() != numpy_generator(1, "b").random()
 

@@ -43,7 +43,9 @@ def run_counted(store: Store, calls: list[str], *, seed: int = 0, content: str =
         (work.path / "sub" / "a.txt").write_text(content)
         return Out(file=work.ref("sub", "images"), count=1)
 
-    return store.run("stage", 1, settings={"x": 1}, inputs={"in": Digest("d")}, seed=seed, output=Out, compute=compute)
+    return store.run(
+        "stage", 1, settings={"x": 1}, inputs={"in": Digest("d")}, seed=seed, output=Out, compute=compute
+    )
 
 
 def test_same_work_is_computed_once_and_found_again(tmp_path: Path) -> None:
@@ -159,7 +161,9 @@ def test_a_killed_process_leaves_no_lock_and_no_record(tmp_path: Path) -> None:
 
 def test_pinned_fingerprint() -> None:
     # A change here makes every sealed stage of every user stale: raise a stage's version instead.
-    mark = fingerprint("train", 1, {"lr": 2e-4, "b": [1, None, True]}, {"data": Digest("abc"), "none": None}, 7)
+    mark = fingerprint(
+        "train", 1, {"lr": 2e-4, "b": [1, None, True]}, {"data": Digest("abc"), "none": None}, 7
+    )
     assert mark == PINNED
 
 
@@ -193,7 +197,9 @@ def test_digests_are_dvcs_own(tmp_path: Path) -> None:
     hashing = pytest.importorskip("dvc_data.hashfile.build")
     from dvc_objects.fs.local import LocalFileSystem
 
-    database = pytest.importorskip("dvc_data.hashfile.db").HashFileDB(LocalFileSystem(), str(tmp_path / "odb"))
+    database = pytest.importorskip("dvc_data.hashfile.db").HashFileDB(
+        LocalFileSystem(), str(tmp_path / "odb")
+    )
     _, _, tree = hashing.build(database, str(folder), LocalFileSystem(), "md5")
     assert tree.hash_info.value == expected
 
@@ -232,7 +238,9 @@ def test_export_links_files_and_writes_the_record_last(tmp_path: Path) -> None:
     target = tmp_path / "runs" / "epoch-000"
     export(store, artifacts_of(record), record, target)
     assert (target / "sub" / "a.txt").read_text() == "hello"
-    assert (target / "sub" / "a.txt").stat().st_ino == (store.locate(record.output.file) / "a.txt").stat().st_ino
+    assert (target / "sub" / "a.txt").stat().st_ino == (
+        store.locate(record.output.file) / "a.txt"
+    ).stat().st_ino
     before = target.stat().st_mtime_ns
     export(store, artifacts_of(record), record, target)
     assert target.stat().st_mtime_ns == before

@@ -68,7 +68,9 @@ def mine_class(
     similarities = pairwise_ssim(prepare(failure_images, settings), shown)
     return Mined(
         pairs=[
-            FailurePair(label=label, original=failure, augmented_id=kept[centre].id, ssim=_rounded(row[centre]))
+            FailurePair(
+                label=label, original=failure, augmented_id=kept[centre].id, ssim=_rounded(row[centre])
+            )
             for centre in centres
             for failure, row in zip(failures, similarities, strict=True)
         ],
@@ -87,7 +89,9 @@ def mine_class(
             Cluster(
                 label=label,
                 centre=kept[centre].id,
-                members=tuple(image.id for image, owner in zip(kept, owners, strict=True) if owner == position),
+                members=tuple(
+                    image.id for image, owner in zip(kept, owners, strict=True) if owner == position
+                ),
             )
             for position, centre in enumerate(centres)
         ],
@@ -96,7 +100,7 @@ def mine_class(
 
 
 def _one_label(failures: Sequence[ImageRef], candidates: Sequence[AugmentedImage]) -> int:
-    labels = {image.label for image in (*failures, *candidates)}
+    labels = {image.label for image in failures} | {image.label for image in candidates}
     if len(labels) != 1 or not failures:
         raise ValueError(f"mining looks at one class with at least one failure, got labels {sorted(labels)}")
     return labels.pop()

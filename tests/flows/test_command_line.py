@@ -86,7 +86,9 @@ def test_something_that_is_no_override(capsys) -> None:
 
 @pytest.mark.usefixtures("prefect_server", "digits")
 class TestBeforeAnyCompute:
-    def refused(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, *more: str, method: str = "guided") -> str:
+    def refused(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, *more: str, method: str = "guided"
+    ) -> str:
         place = Place(tmp_path)
         text = refused(capsys, "dataset=digits", f"method={method}", *place.overrides(*more))
         stages = place.root / "state" / "stages"
@@ -115,7 +117,10 @@ class TestBeforeAnyCompute:
         assert "three" in self.refused(capsys, tmp_path, f"dataset.root={tmp_path / 'digits'}")
 
     def test_missing_classifier_checkpoint(self, capsys, tmp_path: Path) -> None:
-        assert "no such checkpoint" in self.refused(capsys, tmp_path, f"classifier.checkpoint={tmp_path / 'vit'}").lower()
+        assert (
+            "no such checkpoint"
+            in self.refused(capsys, tmp_path, f"classifier.checkpoint={tmp_path / 'vit'}").lower()
+        )
 
     def test_missing_generator(self, capsys, tmp_path: Path) -> None:
         text = self.refused(capsys, tmp_path, f"generator.path={tmp_path / 'sd'}")
@@ -126,7 +131,13 @@ class TestBeforeAnyCompute:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        text = self.refused(capsys, tmp_path, "vlm=openai_compatible", f"vlm.base_url=http://127.0.0.1:{port}/v1", "vlm.model=m")
+        text = self.refused(
+            capsys,
+            tmp_path,
+            "vlm=openai_compatible",
+            f"vlm.base_url=http://127.0.0.1:{port}/v1",
+            "vlm.model=m",
+        )
         assert str(port) in text
         assert "vlm.base_url" in text
 

@@ -41,7 +41,15 @@ def test_every_stage_ran_and_is_on_disk(finished: Place) -> None:
     assert first[1].compare
     assert first[1].tune
     assert last[1].mine is None, "the last epoch of a session needs no further set"
-    for name in ("classifier", "predictions.jsonl", "pairs.jsonl", "verdicts.jsonl", "transcript.jsonl", "images", "adapter"):
+    for name in (
+        "classifier",
+        "predictions.jsonl",
+        "pairs.jsonl",
+        "verdicts.jsonl",
+        "transcript.jsonl",
+        "images",
+        "adapter",
+    ):
         assert (first[0] / name).exists(), name
 
 
@@ -104,7 +112,9 @@ def test_mlflow_has_parent_children_and_each_point_once(finished: Place) -> None
 # ------------------------------------------------------------------------------------------ leakage
 
 
-def test_a_poisoned_test_split_changes_no_weight_no_prompt_and_no_image(finished: Place, tmp_path: Path) -> None:
+def test_a_poisoned_test_split_changes_no_weight_no_prompt_and_no_image(
+    finished: Place, tmp_path: Path
+) -> None:
     from flows.experiment import fscil
 
     data = tmp_path / "digits"
@@ -128,8 +138,12 @@ def test_a_poisoned_test_split_changes_no_weight_no_prompt_and_no_image(finished
 
     assert learned(poisoned) == learned(finished)
     assert any("adapter" in name for name in learned(poisoned))
-    ours = SessionRecord.model_validate_json((poisoned.run("guided") / "session-02" / "record.json").read_text())
-    theirs = SessionRecord.model_validate_json((finished.run("guided") / "session-02" / "record.json").read_text())
+    ours = SessionRecord.model_validate_json(
+        (poisoned.run("guided") / "session-02" / "record.json").read_text()
+    )
+    theirs = SessionRecord.model_validate_json(
+        (finished.run("guided") / "session-02" / "record.json").read_text()
+    )
     assert ours.test != theirs.test, "the poison did not reach the test split"
 
 
@@ -139,8 +153,13 @@ def test_a_poisoned_test_split_changes_no_weight_no_prompt_and_no_image(finished
 def start(place: Place) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "flows", "dataset=digits", "method=guided", "seed=0", *place.overrides()]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_API")}
-    environment |= {"PREFECT_HOME": str(place.root / "prefect"), "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    environment |= {
+        "PREFECT_HOME": str(place.root / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    }
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
 
 def kill_when(process: subprocess.Popen[bytes], seen: Path, pattern: str) -> None:
@@ -170,7 +189,9 @@ def kill_and_compare(place: Place, finished: Place, patterns: tuple[str, ...]) -
     fscil("digits", "guided", 0, place.overrides())
     assert files_of(place.run("guided")) == files_of(finished.run("guided"))
     assert {p: p.stat().st_mtime_ns for p in sealed} == sealed, "something sealed was computed again"
-    leftovers = [p for p in place.root.rglob("*") if p.suffix in {".partial", ".tmp"} and "prefect" not in p.parts]
+    leftovers = [
+        p for p in place.root.rglob("*") if p.suffix in {".partial", ".tmp"} and "prefect" not in p.parts
+    ]
     assert leftovers == []
 
 

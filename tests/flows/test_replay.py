@@ -11,7 +11,7 @@ from tasks.store import read_lines, write_lines
 from tests.conftest import Place
 
 
-@pytest.fixture()
+@pytest.fixture
 def copy(finished: Place, tmp_path: Path) -> Path:
     """The finished run's results alone, somewhere else: no state, as on another machine."""
     shutil.copytree(finished.run("guided"), tmp_path / "guided" / "seed-0")
@@ -35,6 +35,8 @@ def test_another_seed_is_reported(copy: Path, prefect_server: None, capsys) -> N
 @pytest.mark.parametrize(
     ("folder", "says"), [("nowhere", "no record.json"), ("session-00/epoch-001", "drew no images")]
 )
-def test_what_cannot_be_replayed_is_said(copy: Path, prefect_server: None, folder: str, says: str, capsys) -> None:
+def test_what_cannot_be_replayed_is_said(
+    copy: Path, prefect_server: None, folder: str, says: str, capsys
+) -> None:
     assert main(["replay", str(copy / folder)]) == 2
     assert says in " ".join(capsys.readouterr().err.split())
