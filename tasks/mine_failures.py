@@ -29,24 +29,27 @@ def mine_failures(
     def compute(work: StageFolder) -> Mining:
         correct = {p.image_id: p.correct for p in read_lines(context.store.locate(predictions), Prediction)}
         wrong: dict[int, list[ImageRef]] = defaultdict(list)
-        right: dict[int, list[AugmentedImage]] = defaultdict(list)
+        generated: dict[tuple[int, bool], list[AugmentedImage]] = defaultdict(list)
         for original in session_of(context).validation:
             if not correct[original.id]:
                 wrong[original.label].append(original)
         for image in augmented_images(context):
-            if image.label in wrong and correct[image.id]:
-                right[image.label].append(image)
+            generated[image.label, correct[image.id]].append(image)
         mined = [
             mine_class(
                 wrong[label],
                 originals(context, wrong[label]),
-                right[label],
-                augmented_tensors(context, right[label]),
+                generated[label, True],
+                augmented_tensors(context, generated[label, True]),
+                generated[label, False],
+                augmented_tensors(context, generated[label, False]),
                 mining,
             )
             for label in sorted(wrong)
         ]
-        return _write(work, mined, {k: len(v) for k, v in wrong.items()}, {k: len(right[k]) for k in wrong})
+        return _write(
+            work, mined, {k: len(v) for k, v in wrong.items()}, {k: len(generated[k, True]) for k in wrong}
+        )
 
     augmentation = context.start.augmentation
     assert augmentation is not None, "mining needs a generated set to compare with"

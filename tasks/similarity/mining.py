@@ -2,7 +2,9 @@
 
 Paper, "The VLM Coordinator" and "Self-contrastive finetuning strategy". Generated images that are near-constant
 are left out first. Farthest points among the rest are compared with every failure; the others join the centre
-they resemble most. Each failure's negatives are the generations most similar to it.
+they resemble most. So may, with ``mining.inherit=all``, the class's generations that the classifier got wrong:
+the paper samples among the right ones only and leaves open what becomes of the others' prompts; a prompt that
+misled the one has misled the other. Each failure's negatives are the right generations most similar to it.
 """
 
 from collections.abc import Sequence
@@ -38,6 +40,8 @@ def mine_class(
     failure_images: Tensor,
     candidates: Sequence[AugmentedImage],
     candidate_images: Tensor,
+    others: Sequence[AugmentedImage],
+    other_images: Tensor,
     settings: MiningSettings,
 ) -> Mined:
     """Select for one class.
@@ -47,7 +51,10 @@ def mine_class(
         failure_images: [m, 3, h, w] in [0, 1].
         candidates: n generated images of that class classified rightly.
         candidate_images: [n, 3, h, w] in [0, 1].
-        settings: how many, at which size.
+        others: generated images of that class classified wrongly; never compared nor negatives, they may
+            inherit a verdict.
+        other_images: [o, 3, h, w] in [0, 1].
+        settings: how many, at which size, who inherits.
 
     Returns:
         Nothing to compare or tune on where no candidate is left.
@@ -64,7 +71,13 @@ def mine_class(
     kept, shown = [candidates[i] for i in whole.tolist()], shown[whole]
     rows = SsimRows(shown).row
     centres = farthest_points(rows, len(kept), start_index(shown), settings.centres, settings.gap)
-    owners = assign_clusters(rows, len(kept), centres).tolist()
+    members = [
+        [kept[i].id for i in own] for own in _owned(assign_clusters(rows, len(kept), centres), len(centres))
+    ]
+    if settings.inherit == "all" and others:
+        nearest = pairwise_ssim(prepare(other_images, settings), shown[centres]).argmax(1)
+        for names, own in zip(members, _owned(nearest, len(centres)), strict=True):
+            names += [others[i].id for i in own]
     similarities = pairwise_ssim(prepare(failure_images, settings), shown)
     return Mined(
         pairs=[
@@ -86,14 +99,8 @@ def mine_class(
             )
         ],
         clusters=[
-            Cluster(
-                label=label,
-                centre=kept[centre].id,
-                members=tuple(
-                    image.id for image, owner in zip(kept, owners, strict=True) if owner == position
-                ),
-            )
-            for position, centre in enumerate(centres)
+            Cluster(label=label, centre=kept[centre].id, members=tuple(names))
+            for centre, names in zip(centres, members, strict=True)
         ],
         filtered=filtered,
     )
@@ -104,6 +111,11 @@ def _one_label(failures: Sequence[ImageRef], candidates: Sequence[AugmentedImage
     if len(labels) != 1 or not failures:
         raise ValueError(f"mining looks at one class with at least one failure, got labels {sorted(labels)}")
     return labels.pop()
+
+
+def _owned(owners: Tensor, n: int) -> list[list[int]]:
+    """Which indices each of n owners has."""
+    return [(owners == owner).nonzero().flatten().tolist() for owner in range(n)]
 
 
 def _rounded(value: Tensor) -> float:

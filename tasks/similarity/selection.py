@@ -9,6 +9,7 @@ the lowest index, and picking stops once every image is within ``gap`` of a cent
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,6 +34,7 @@ class MiningSettings(Frozen):
     min_contrast: float = Field(ge=0, lt=1)
     greyscale: bool
     gap: float = Field(ge=0, le=2)
+    inherit: Literal["correct", "all"]
 
 
 def prepare(images: Float[Tensor, "n 3 h w"], settings: MiningSettings) -> Float[Tensor, "n c s s"]:

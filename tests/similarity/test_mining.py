@@ -8,7 +8,12 @@ from tasks.similarity.mining import mine_class
 from tasks.similarity.selection import MiningSettings
 from tasks.similarity.ssim import ssim
 
-SETTINGS = MiningSettings(centres=2, negatives=3, ssim_size=16, min_contrast=0.02, greyscale=True, gap=0.05)
+SETTINGS = MiningSettings(
+    centres=2, negatives=3, ssim_size=16, min_contrast=0.02, greyscale=True, gap=0.05, inherit="correct"
+)
+
+
+NONE = torch.zeros(0, 3, 16, 16)
 
 
 def original(n: int, label: int = 4) -> ImageRef:
@@ -21,16 +26,26 @@ def generated(n: int, label: int = 4) -> AugmentedImage:
     )  # fmt: skip
 
 
-@pytest.fixture()
+@pytest.fixture
 def pictures() -> torch.Tensor:
     return torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def test_every_centre_meets_every_failure_and_every_candidate_has_one_centre(pictures: torch.Tensor) -> None:
-    mined = mine_class([original(0), original(1)], pictures[:2], [generated(n) for n in range(6)], pictures[2:], SETTINGS)
+    mined = mine_class(
+        [original(0), original(1)],
+        pictures[:2],
+        [generated(n) for n in range(6)],
+        pictures[2:],
+        [],
+        NONE,
+        SETTINGS,
+    )
     centres = [cluster.centre for cluster in mined.clusters]
     assert len(centres) == 2
-    assert {(p.augmented_id, p.original.id) for p in mined.pairs} == {(c, o) for c in centres for o in ("o0", "o1")}
+    assert {(p.augmented_id, p.original.id) for p in mined.pairs} == {
+        (c, o) for c in centres for o in ("o0", "o1")
+    }
     members = [name for cluster in mined.clusters for name in cluster.members]
     assert sorted(members) == [f"g{n}" for n in range(6)]
     assert all(cluster.centre in cluster.members for cluster in mined.clusters)
@@ -38,7 +53,9 @@ def test_every_centre_meets_every_failure_and_every_candidate_has_one_centre(pic
 
 def test_negatives_are_the_most_similar_of_the_class(pictures: torch.Tensor) -> None:
     grey = pictures.mean(1, keepdim=True)
-    mined = mine_class([original(0)], pictures[:1], [generated(n) for n in range(7)], pictures[1:], SETTINGS)
+    mined = mine_class(
+        [original(0)], pictures[:1], [generated(n) for n in range(7)], pictures[1:], [], NONE, SETTINGS
+    )
     from tasks.images import to_greyscale
 
     grey = to_greyscale(pictures)
@@ -51,17 +68,42 @@ def test_negatives_are_the_most_similar_of_the_class(pictures: torch.Tensor) -> 
 
 def test_constant_generations_are_left_out(pictures: torch.Tensor) -> None:
     pictures[2] = 0.5
-    mined = mine_class([original(0)], pictures[:1], [generated(n) for n in range(3)], pictures[1:4], SETTINGS)
+    mined = mine_class(
+        [original(0)], pictures[:1], [generated(n) for n in range(3)], pictures[1:4], [], NONE, SETTINGS
+    )
     assert mined.filtered == 1
     assert "g1" not in {name for cluster in mined.clusters for name in cluster.members}
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_no_usable_candidate_is_legal_and_gives_nothing(n: int) -> None:
-    mined = mine_class([original(0)], torch.rand(1, 3, 16, 16), [generated(i) for i in range(n)], torch.zeros(n, 3, 16, 16), SETTINGS)
+    mined = mine_class(
+        [original(0)],
+        torch.rand(1, 3, 16, 16),
+        [generated(i) for i in range(n)],
+        torch.zeros(n, 3, 16, 16),
+        [],
+        NONE,
+        SETTINGS,
+    )
     assert (mined.pairs, mined.triplets, mined.clusters, mined.filtered) == ([], [], [], n)
 
 
 def test_mixed_classes_are_refused(pictures: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"labels \[4, 5\]"):
-        mine_class([original(0)], pictures[:1], [generated(0, label=5)], pictures[1:2], SETTINGS)
+        mine_class([original(0)], pictures[:1], [generated(0, label=5)], pictures[1:2], [], NONE, SETTINGS)
+
+
+def test_wrongly_classified_generations_inherit_from_the_centre_they_resemble(pictures: torch.Tensor) -> None:
+    every = SETTINGS.model_copy(update={"inherit": "all"})
+    right, wrong = [generated(n) for n in range(4)], [generated(n) for n in range(4, 6)]
+    arguments = ([original(0)], pictures[:1], right, pictures[1:5], wrong)
+    twins = torch.stack([pictures[1], pictures[2]])
+    closed = mine_class(*arguments, twins, SETTINGS)
+    opened = mine_class(*arguments, twins, every)
+    assert not {"g4", "g5"} & {name for cluster in closed.clusters for name in cluster.members}
+    for twin, image in (("g4", "g0"), ("g5", "g1")):
+        (home,) = [c.centre for c in opened.clusters if twin in c.members]
+        if image in [c.centre for c in opened.clusters]:
+            assert home == image
+    assert (opened.pairs, opened.triplets) == (closed.pairs, closed.triplets)
