@@ -10,6 +10,7 @@ from filelock import Timeout
 from prefect import flow
 
 from flows.config import ExperimentConfig, differences, load_config
+from flows.progress import show_experiment
 from flows.session import run_session
 from tasks.context import EpochContext
 from tasks.datasets.benchmark import build_benchmark
@@ -63,7 +64,9 @@ def fscil(
         RunError: the run is in progress elsewhere, or its folder was written with other settings.
     """
     config = load_config([f"dataset={dataset}", f"method={method}", f"seed={seed}", *(overrides or [])])
-    return run_experiment(config)
+    record = run_experiment(config)
+    show_experiment(record)
+    return record
 
 
 def run_experiment(config: ExperimentConfig) -> ExperimentRecord:

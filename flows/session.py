@@ -6,6 +6,7 @@ from prefect import flow
 
 from flows.config import ExperimentConfig
 from flows.epoch import run_epoch
+from flows.progress import say_epoch, say_session
 from tasks.context import EpochContext
 from tasks.evaluate import evaluate_test
 from tasks.records import (
@@ -58,6 +59,7 @@ def run_session(
         epoch_folder = folder / f"epoch-{record.epoch:03d}"
         export(context.store, artifacts_of(stages_of(record)), record, epoch_folder)
         tracker.epoch(record, epoch_folder)
+        say_epoch(record)
         records.append(record)
         context = _starting(context, record.epoch + 1, record.next)
 
@@ -78,6 +80,7 @@ def run_session(
     )
     write_json(folder / "record.json", session)
     tracker.session(session)
+    say_session(session)
     return session
 
 
