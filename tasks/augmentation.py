@@ -25,6 +25,7 @@ class AugmenterSettings(Frozen):
     prompts: Literal["fixed", "rewritten"]
     tuning: Literal["none", "random", "first", "guided"]
     base_prompt: str
+    first_prompts: Literal["base", "learned"]
     images_per_original: int = Field(ge=1)
     min_per_class: int = Field(ge=0)
     old_classes: int = Field(ge=0)
@@ -71,7 +72,11 @@ def first_slots(
     settings: AugmenterSettings,
     earlier: Sequence[AugmentedImage],
 ) -> list[Slot]:
-    """The slots of A_0: the base prompt for every new class, the last prompts again for earlier ones.
+    """The slots of A_0: the first prompt for every new class, the last prompts again for earlier ones.
+
+    With ``first_prompts=base`` a new class starts from the paper's fixed prompt. With ``learned`` it starts from what
+    the earlier classes' prompts have become, its own category's word in the place of theirs; and so does an earlier
+    class that never failed, whose prompt nobody had cause to rewrite.
 
     Args:
         session: the session that begins.
@@ -80,12 +85,17 @@ def first_slots(
         earlier: the set that the session before ended with; its prompts were learned there.
     """
     return [
-        *_new_class_slots(session, class_names, settings),
+        *_new_class_slots(session, class_names, settings, earlier),
         *_replay_slots(session, class_names, settings, earlier),
     ]
 
 
-def _new_class_slots(session: Session, class_names: Sequence[str], settings: AugmenterSettings) -> list[Slot]:
+def _new_class_slots(
+    session: Session,
+    class_names: Sequence[str],
+    settings: AugmenterSettings,
+    earlier: Sequence[AugmentedImage],
+) -> list[Slot]:
     sources: dict[int, list[str]] = defaultdict(list)
     for image in session.train:
         sources[image.label].append(image.id)
@@ -93,7 +103,8 @@ def _new_class_slots(session: Session, class_names: Sequence[str], settings: Aug
     for label in session.new_classes:
         ids = sources[label]
         count = max(len(ids) * settings.images_per_original, settings.min_per_class)
-        prompt = settings.base_prompt.format(category=class_names[label])
+        base = settings.base_prompt.format(category=class_names[label])
+        prompts = _spread(_learned(label, class_names, settings, earlier) or [base], count)
         slots += [
             Slot(
                 id=f"{label:03d}-{n:04d}",
@@ -102,9 +113,19 @@ def _new_class_slots(session: Session, class_names: Sequence[str], settings: Aug
                 prompt=prompt,
                 parent_id=None,
             )
-            for n in range(count)
+            for n, prompt in enumerate(prompts)
         ]
     return slots
+
+
+def _learned(
+    label: int, class_names: Sequence[str], settings: AugmenterSettings, earlier: Sequence[AugmentedImage]
+) -> list[str]:
+    """The prompts of all earlier classes, as often as they stand there, about another category; empty with ``base``."""
+    if settings.first_prompts == "base":
+        return []
+    parts = [image.prompt.partition(class_names[image.label]) for image in earlier]
+    return [f"{before}{class_names[label]}{after}" for before, word, after in parts if word]
 
 
 def _replay_slots(
@@ -119,7 +140,10 @@ def _replay_slots(
     slots = []
     for label in sorted(set(session.seen_classes) - set(session.new_classes)):
         base = settings.base_prompt.format(category=class_names[label])
-        prompts = _spread([image.prompt for image in known[label]] or [base], settings.old_classes)
+        prompts = [image.prompt for image in known[label]]
+        if set(prompts) <= {base}:
+            prompts = _learned(label, class_names, settings, earlier) or [base]
+        prompts = _spread(prompts, settings.old_classes)
         slots += [
             Slot(id=f"{label:03d}-{n:04d}", source_id=None, label=label, prompt=prompt, parent_id=None)
             for n, prompt in enumerate(prompts)

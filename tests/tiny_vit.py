@@ -49,6 +49,8 @@ def training(**changes: object) -> TrainingSettings:
         "batch": 8,
         "learning_rate": 1e-3,
         "freeze": "none",
+        "grey": 0.0,
+        "invert": 0.0,
         "rotate": 10.0,
         "scale": 0.1,
         "shift": 0.05,

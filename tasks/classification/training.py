@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, normalize
 
+from tasks.images import to_greyscale
 from tasks.records import Frozen
 from tasks.seeding import torch_generator
 
@@ -33,6 +34,9 @@ class TrainingSettings(Frozen):
         rotate: Largest random rotation in degrees, either way.
         scale: Largest random change of scale, as a share: 0.1 is 0.9 to 1.1.
         shift: Largest random shift, as a share of the side, either way.
+        grey: Probability of losing colour.
+        invert: Probability of turning into the negative. Generated pictures differ from real ones in colours
+            first of all; where only some classes have generated ones, colour alone would tell classes apart.
     """
 
     passes: int = Field(ge=0)
@@ -42,6 +46,8 @@ class TrainingSettings(Frozen):
     rotate: float = Field(ge=0, le=180)
     scale: float = Field(ge=0, lt=1)
     shift: float = Field(ge=0, lt=1)
+    grey: float = Field(ge=0, le=1)
+    invert: float = Field(ge=0, le=1)
 
 
 class CosineHead(nn.Module):
@@ -111,7 +117,7 @@ def fit(
         for chosen in _batches(len(images), settings.batch, generator):
             for group in adam.param_groups:
                 group["lr"] = settings.learning_rate * cosine_rate(done / steps)
-            batch = vary(images[chosen], settings, generator).to(device)
+            batch = vary(recolour(images[chosen], settings, generator), settings, generator).to(device)
             each = cross_entropy(head(backbone(batch)), labels[chosen].to(device), reduction="none")
             summed = (each * weights[chosen].to(device)).sum()
             adam.zero_grad(set_to_none=True)
@@ -140,6 +146,15 @@ def vary(images: Tensor, settings: TrainingSettings, generator: torch.Generator)
     )
     grid = affine_grid(rows.view(-1, 2, 3), list(images.shape), align_corners=False)
     return grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def recolour(images: Tensor, settings: TrainingSettings, generator: torch.Generator) -> Tensor:
+    """Turn each of [n, 3, s, s] in [0, 1] to grey, to its negative, to both or to neither, at random."""
+    if settings.grey == settings.invert == 0:
+        return images
+    draw = torch.rand(2, len(images), 1, 1, 1, generator=generator)
+    grey = torch.where(draw[0] < settings.grey, to_greyscale(images).expand_as(images), images)
+    return torch.where(draw[1] < settings.invert, 1 - grey, grey)
 
 
 def _trainable(backbone: nn.Module, head: nn.Module, settings: TrainingSettings) -> list[nn.Parameter]:

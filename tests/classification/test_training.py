@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from tasks.classification.training import CosineHead, cosine_rate, fit, vary
+from tasks.classification.training import CosineHead, cosine_rate, fit, recolour, vary
 from tests.tiny_vit import bars, training
 
-STILL = {"rotate": 0.0, "scale": 0.0, "shift": 0.0}
+STILL = {"rotate": 0.0, "scale": 0.0, "shift": 0.0, "grey": 0.0, "invert": 0.0}
 
 
 def backbone():
@@ -151,3 +151,18 @@ def test_rotation_by_a_right_angle_is_exact():
     upright = varied[:, 0, :, 8].mean(1)
     assert upright.max() > 0.9
     assert upright.min() < 0.2
+
+
+def test_recolour_gives_the_picture_its_grey_its_negative_or_both():
+    images = torch.rand(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    still = training(**STILL)
+    assert recolour(images, still, torch.Generator().manual_seed(0)) is images
+    negative = recolour(images, training(**{**STILL, "invert": 1.0}), torch.Generator().manual_seed(0))
+    assert torch.equal(negative, 1 - images)
+    grey = recolour(images, training(**{**STILL, "grey": 1.0}), torch.Generator().manual_seed(0))
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    assert torch.allclose(grey, (images * weights).sum(1, keepdim=True).expand_as(images), atol=2e-3)
+    mixed = recolour(images, training(**{**STILL, "grey": 0.5, "invert": 0.5}), torch.Generator().manual_seed(0))
+    kinds = [sum(torch.equal(m, k) for m, k in zip(mixed, kind, strict=True)) for kind in (images, 1 - images, grey, 1 - grey)]
+    assert sum(kinds) == 64
+    assert all(8 <= kind <= 24 for kind in kinds)
