@@ -110,9 +110,14 @@ def _run(arguments: Sequence[str]) -> int:
         configs = [load_config(combination) for combination in combinations]
     except (ConfigError, ValueError) as error:
         return _fail(error, EXIT_USAGE)
-    from flows.experiment import fscil
+    from flows.experiment import fscil, preflight
     from flows.report import print_table
 
+    try:
+        for config in configs:
+            preflight(config)
+    except _known_errors() as error:
+        return _fail(error, EXIT_USAGE)
     records = []
     with prefect_server():
         for combination, config in zip(combinations, configs, strict=True):

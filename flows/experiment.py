@@ -12,6 +12,7 @@ from prefect import flow
 from flows.config import ExperimentConfig, differences, load_config
 from flows.progress import show_experiment
 from flows.session import run_session
+from tasks.classification.backbone import load_backbone
 from tasks.context import EpochContext
 from tasks.datasets.benchmark import build_benchmark
 from tasks.loading import backbone_digest, generator_digest
@@ -69,12 +70,33 @@ def fscil(
     return record
 
 
+def preflight(config: ExperimentConfig) -> Benchmark:
+    """Find what would stop the experiment, before any compute: its folder, data, weights and VLM.
+
+    Raises:
+        RunError: the run is in progress elsewhere, or its folder was written with other settings.
+        ValueError: data or weights that are missing or do not fit.
+        VlmError: the VLM does not answer.
+    """
+    with _held(Store(config.runtime.state), config.run_key):
+        _same_settings(config.runtime.runs / config.run_key / "config.json", config)
+    config.runtime.torch_device  # noqa: B018 - raises where the device is not there
+    benchmark = build_benchmark(config.dataset)
+    load_backbone(config.learner.backbone)
+    if config.augmenter.draws:
+        generator_digest(config.generator)
+    if config.augmenter.asks_vlm and config.vlm.kind != "miniature":
+        with check_vlm(config.vlm, serve_miniature):
+            pass
+    return benchmark
+
+
 def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
     """Check everything that can be wrong, then run the sessions in order, skipping what is sealed."""
+    benchmark = preflight(config)
     store, folder = Store(config.runtime.state), config.runtime.runs / config.run_key
     with _held(store, config.run_key):
-        _same_settings(folder / "config.json", config)
-        split = seal_split(store, config)
+        split = seal_split(store, config, benchmark)
         with ExitStack() as stack:
             vlm_url = (
                 stack.enter_context(check_vlm(config.vlm, serve_miniature))
@@ -125,9 +147,8 @@ def _run_sessions(
     return sessions
 
 
-def seal_split(store: Store, config: ExperimentConfig) -> StageRecord[Split]:
+def seal_split(store: Store, config: ExperimentConfig, benchmark: Benchmark) -> StageRecord[Split]:
     """Cut the dataset into sessions and seal them, test images apart."""
-    benchmark = build_benchmark(config.dataset)
 
     def compute(work: StageFolder) -> Split:
         train: list[ArtifactRef] = []

@@ -114,7 +114,11 @@ def test_who_asks_the_vlm(prompts: str, tuning: str, asks: bool, learns: bool) -
 
 
 def test_a_new_class_may_start_from_what_earlier_prompts_have_become() -> None:
-    earlier = [drawn(0, 0, "A picture of a ant, red"), drawn(1, 1, "A picture of a bee"), drawn(1, 2, "an insect")]
+    earlier = [
+        drawn(0, 0, "A picture of a ant, red"),
+        drawn(1, 1, "A picture of a bee"),
+        drawn(1, 2, "an insect"),
+    ]
     chosen = settings(first_prompts="learned", min_per_class=4)
     slots = first_slots(session(1, (2,), (0, 1, 2), 1), NAMES, chosen, earlier)
     assert [s.prompt for s in slots if s.label == 2] == ["A picture of a cat, red", "A picture of a cat"] * 2

@@ -53,7 +53,9 @@ def test_every_other_command_of_the_readme_is_one(command: str) -> None:
 
 
 def test_make_help_lists_every_target_with_one_line() -> None:
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    shown = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     phony = re.findall(r"^\.PHONY: (\S+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert sorted(line.split()[0] for line in shown) == sorted(phony)
     assert all(len(line.split()) > 2 for line in shown)
@@ -69,9 +71,13 @@ def test_data_dvc_names_what_is_written_on_any_machine(tmp_path: Path) -> None:
 
 def test_constraints_satisfy_every_requirement() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
-    wanted = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
+    wanted = project["dependencies"] + [
+        r for extra in project["optional-dependencies"].values() for r in extra
+    ]
     for text in wanted:
         requirement = Requirement(text)
         version = pins.get(requirement.name.lower().replace("_", "-"))

@@ -162,7 +162,12 @@ def test_recolour_gives_the_picture_its_grey_its_negative_or_both():
     grey = recolour(images, training(**{**STILL, "grey": 1.0}), torch.Generator().manual_seed(0))
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     assert torch.allclose(grey, (images * weights).sum(1, keepdim=True).expand_as(images), atol=2e-3)
-    mixed = recolour(images, training(**{**STILL, "grey": 0.5, "invert": 0.5}), torch.Generator().manual_seed(0))
-    kinds = [sum(torch.equal(m, k) for m, k in zip(mixed, kind, strict=True)) for kind in (images, 1 - images, grey, 1 - grey)]
+    mixed = recolour(
+        images, training(**{**STILL, "grey": 0.5, "invert": 0.5}), torch.Generator().manual_seed(0)
+    )
+    kinds = [
+        sum(torch.equal(m, k) for m, k in zip(mixed, kind, strict=True))
+        for kind in (images, 1 - images, grey, 1 - grey)
+    ]
     assert sum(kinds) == 64
     assert all(8 <= kind <= 24 for kind in kinds)
