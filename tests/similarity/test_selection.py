@@ -136,7 +136,9 @@ def test_broken_images_are_constant_in_every_channel() -> None:
 
 
 def test_images_are_compared_at_the_size_and_in_the_colours_set() -> None:
-    settings = MiningSettings(centres=1, negatives=1, ssim_size=16, min_contrast=0, greyscale=True, gap=0)
+    settings = MiningSettings(
+        centres=1, negatives=1, ssim_size=16, min_contrast=0, greyscale=True, gap=0, inherit="all"
+    )
     images = torch.rand(2, 3, 40, 40)
     assert prepare(images, settings).shape == (2, 1, 16, 16)
     assert prepare(images[:0], settings).shape == (0, 1, 16, 16)
