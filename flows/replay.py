@@ -67,7 +67,7 @@ def replay(folder: Path) -> ReplayReport:
     settings = config.generator.model_copy(update={"batch": drawn.output.batch_shape[0]})
     generator = StableDiffusion.from_settings(settings, config.runtime.torch_device)
     generator.use_adapter(_adapter_folder(folder, drawn.output.adapter))
-    same_weights = weights_digest(settings.path) == drawn.inputs["generator"]
+    same_weights = weights_digest(settings.path, settings.revision) == drawn.inputs["generator"]
     differences = []
     for row, image in _redrawn(generator, rows, settings.batch):
         if (difference := _compare(folder / "images" / row.path, row, image)) is not None:

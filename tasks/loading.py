@@ -117,7 +117,7 @@ def generator_for(
 @lru_cache(maxsize=4)
 def generator_digest(settings: GeneratorSettings) -> Digest:
     """The content id of the base generator's weights."""
-    return weights_digest(settings.path)
+    return weights_digest(settings.path, settings.revision)
 
 
 @lru_cache(maxsize=4)
