@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -33,7 +34,7 @@ TIMESTEPS = 1000
 TOKENS = 40
 """Length of a prompt in tokens (Stable Diffusion: 77); the corpus's longest caption has 27."""
 SHIFT, SIGMA_MAX = 0.4, 12.0
-VIT = {
+VIT: dict[str, Any] = {
     "img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0,
     "num_classes": 0, "global_pool": "token",
 }  # fmt: skip
@@ -118,7 +119,11 @@ def tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(r" ", "removed"), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [
+            pre_tokenizers.Split(r" ", "removed"),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -131,7 +136,9 @@ def tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     words = [*letters, *(f"{c}</w>" for c in letters), *("".join(m) for m in merges)]
     words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}, ensure_ascii=False), "utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({w: i for i, w in enumerate(words)}, ensure_ascii=False), "utf-8"
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
     made = CLIPTokenizer(
         vocab={w: i for i, w in enumerate(words)}, merges=merges, model_max_length=TOKENS,
@@ -141,8 +148,8 @@ def tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def vit() -> nn.Module:
-    """timm VisionTransformer for 32 px RGB; returns features [n, 128]."""
+def vit() -> timm.models.vision_transformer.VisionTransformer:
+    """A timm VisionTransformer for 32 px RGB; returns features [n, 128]."""
     return timm.models.vision_transformer.VisionTransformer(**VIT)
 
 
@@ -167,11 +174,13 @@ class Eye(PreTrainedModel):
         """Four stages of two convolutions, each stage at half the size."""
         super().__init__(config)
         w = config.width
-        stages = [nn.Conv2d(3, w, 3, padding=1)]
+        stages: list[nn.Module] = [nn.Conv2d(3, w, 3, padding=1)]
         for inputs, outputs, stride in ((w, 2 * w, 2), (2 * w, 4 * w, 2), (4 * w, config.hidden_size, 2)):
             stages += [_Residual(inputs), nn.GroupNorm(8, inputs), nn.SiLU()]
             stages += [nn.Conv2d(inputs, outputs, 3, stride, 1)]
-        self.stages = nn.Sequential(*stages, _Residual(config.hidden_size), nn.GroupNorm(8, config.hidden_size))
+        self.stages = nn.Sequential(
+            *stages, _Residual(config.hidden_size), nn.GroupNorm(8, config.hidden_size)
+        )
         self.place = nn.Parameter(0.02 * torch.randn(1, 16, config.hidden_size))
         self.post_init()
 

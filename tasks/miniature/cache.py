@@ -52,7 +52,9 @@ def attributes_of(row: NDArray[np.int64]) -> Attributes:
 
 def _chunk(settings: Settings, start: int, stop: int) -> list[Sample]:
     s = settings
-    return [sample(np.random.default_rng([s.seed, i]), s.short, s.letters, s.held_out) for i in range(start, stop)]
+    return [
+        sample(np.random.default_rng([s.seed, i]), s.short, s.letters, s.held_out) for i in range(start, stop)
+    ]
 
 
 def load(folder: Path, name: str, settings: Settings, workers: int = 2) -> Corpus:
@@ -63,7 +65,9 @@ def load(folder: Path, name: str, settings: Settings, workers: int = 2) -> Corpu
         folder.mkdir(parents=True, exist_ok=True)
         _save(stem, settings, workers)
     arrays = np.load(stem.with_suffix(".npz"))
-    return Corpus(arrays["pixels"], arrays["labels"], json.loads(stem.with_suffix(".json").read_text("utf-8")))
+    return Corpus(
+        arrays["pixels"], arrays["labels"], json.loads(stem.with_suffix(".json").read_text("utf-8"))
+    )
 
 
 def _save(stem: Path, settings: Settings, workers: int) -> None:

@@ -136,13 +136,15 @@ def parse_caption(text: str) -> Attributes:
     number = _first({n: n for n in NUMBERS}, low)
     form = _first(_FORM_WORDS, low) or ("letter" if re.search(r"\bletter\b(?! [a-z]\b)", low) else None)
     both = re.search(rf"\b({_COLOUR}) on an? ({_COLOUR})\b", low)
-    ground = re.search(rf"\bon an? (?:\w+ )?({_COLOUR})\b", low) or re.search(rf"\b({_COLOUR}) background\b", low)
+    ground = re.search(rf"\bon an? (?:\w+ )?({_COLOUR})\b", low) or re.search(
+        rf"\b({_COLOUR}) background\b", low
+    )
     rest = low.replace(ground.group(0), " ") if ground else low
     ink = both or re.search(rf"\b({_COLOUR})\b", rest)
     return Attributes(
         category=f"letter {letter.group(1).upper()}" if letter else number,
         form=form,
-        style=_first({s: s for s in ("sans-serif", *STYLES)}, low.replace("sans-serif", "sans-serif ").replace("sans serif", "sans-serif")),
+        style=_first({s: s for s in STYLES}, low.replace("sans serif", "sans-serif")),
         weight=_first({"thin": "thin", "regular": "regular", "bold": "bold", "thick": "bold"}, low),
         pose=_first({p: p for p in POSES}, low),
         colour=ink.group(1) if ink else None,

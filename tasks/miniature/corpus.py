@@ -23,7 +23,9 @@ RGB: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.17, 0.15), "green": (0.15, 0.62, 0.25), "blue": (0.16, 0.38, 0.90),
     "yellow": (0.96, 0.85, 0.15), "purple": (0.62, 0.22, 0.70),
 }  # fmt: skip
-TOO_CLOSE = frozenset({frozenset({"white", "yellow"}), frozenset({"purple", "blue"}), frozenset({"purple", "red"})})
+TOO_CLOSE = frozenset(
+    {frozenset({"white", "yellow"}), frozenset({"purple", "blue"}), frozenset({"purple", "red"})}
+)
 """Pairs of colours that a glyph and its ground do not take together."""
 
 ROMAN = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")
@@ -57,7 +59,9 @@ def _two_colours(rng: Rng) -> tuple[str, str]:
 
 def even_attributes(rng: Rng, category: str) -> Attributes:
     """Attributes of a fully captioned picture: nearly even, handwriting and white on black more often."""
-    forms = {f: w for f, w in FULL_FORMS.items() if not (category == "zero" and f in ("roman numeral", "tally"))}
+    forms = {
+        f: w for f, w in FULL_FORMS.items() if not (category == "zero" and f in ("roman numeral", "tally"))
+    }
     form = _pick(rng, forms) if category in NUMBERS else "letter"
     if form in ("die", "tally"):
         style = str(rng.choice(["handwritten", "printed"]))
@@ -90,7 +94,7 @@ def usual_attributes(rng: Rng, category: str) -> Attributes:
 def coverage(attributes: Attributes, rng: Rng, held_out: bool = False) -> glyphs.Array:
     """Shape of a fully described picture: [32, 32] in [0, 1], 1 where the glyph is."""
     a = attributes
-    assert a.category and a.form and a.style and a.weight and a.pose, f"not fully described: {a}"
+    assert a.category and a.form and a.style and a.weight and a.pose, f"not fully described: {a}"  # noqa: PT018
     hand = a.style == "handwritten"
     if a.form == "letter":
         text = a.category.removeprefix("letter ")
@@ -115,11 +119,13 @@ def _shade(rng: Rng, colour: str, spread: float) -> glyphs.Array:
 def draw(attributes: Attributes, rng: Rng, held_out: bool = False) -> Pixels:
     """Picture of fully described attributes: [32, 32, 3] uint8. Equal generator states give equal pictures."""
     a = attributes
-    assert a.colour and a.background, f"not fully described: {a}"
-    mask = coverage(a, rng, held_out)[..., None]
+    assert a.colour and a.background, f"not fully described: {a}"  # noqa: PT018
+    mask: NDArray[np.floating] = coverage(a, rng, held_out)[..., None]
     pure = {"white", "black"} == {a.colour, a.background}
     spread = 0.008 if pure else 0.03
-    picture = mask * _shade(rng, a.colour, spread) + (1 - mask) * _shade(rng, a.background, spread)
+    picture: NDArray[np.floating] = mask * _shade(rng, a.colour, spread) + (1 - mask) * _shade(
+        rng, a.background, spread
+    )
     picture = picture + rng.normal(0, 0.004 if pure else 0.01, picture.shape)
     return (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
@@ -135,7 +141,9 @@ def sample(rng: Rng, short: float = 0.17, letters: float = 0.3, held_out: bool =
     stereotyped = rng.random() < short
     attributes = (usual_attributes if stereotyped else even_attributes)(rng, category)
     details: tuple[Detail, ...] = ("short",) if stereotyped else ("full", "full", "partial", "partial")
-    texts = tuple(caption(attributes, d, rng if i else None) for i, d in enumerate(details * (3 if stereotyped else 1)))
+    texts = tuple(
+        caption(attributes, d, rng if i else None) for i, d in enumerate(details * (3 if stereotyped else 1))
+    )
     return Sample(draw(attributes, rng, held_out), attributes, texts)
 
 

