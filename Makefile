@@ -27,7 +27,7 @@ install: $(STAMP) ## make the virtual environment and install everything, once
 
 .PHONY: data
 data: $(STAMP) ## materialise a dataset: make data DATASET=digits
-	@$(BIN)/python -m tasks.datasets $(DATASET)
+	@$(BIN)/python -m tasks.datasets $(DATASET) --root data/$(DATASET)
 
 .PHONY: demo
 demo: data ## run finetune, fixed_sd and guided on digits; print a table and where to look
