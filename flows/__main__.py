@@ -52,7 +52,8 @@ def quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "prefect" not in sys.modules:
-        os.environ.setdefault("PREFECT_HOME", str(Path(".fscil/prefect").resolve()))
+        home = os.environ.setdefault("PREFECT_HOME", str(Path(".fscil/prefect").resolve()))
+        Path(home).mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
