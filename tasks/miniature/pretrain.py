@@ -334,6 +334,7 @@ def train_text_unet(folder: Path, minutes: float) -> None:
 
     def ship() -> None:
         current = AutoencoderKL.from_pretrained(WEIGHTS / "generator" / "vae")
+        current.register_to_config(_name_or_path="vae")  # else this machine's path is written
         save_pipeline(current, tokenizer, trainer.result)
 
     trainer.run(ship, every=120)

@@ -9,7 +9,7 @@ description is what the project's loop is there to close.
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,12 @@ from torch.nn import functional as F
 from tasks.miniature.architecture import TOKENS, Judge
 from tasks.miniature.cache import Corpus, load
 from tasks.miniature.captions import ATTRIBUTES, LETTERS, NUMBERS, VALUES, Attributes, caption
-from tasks.miniature.corpus import even_attributes
+from tasks.miniature.corpus import draw, even_attributes
 from tasks.miniature.pretrain import HELD_OUT, WEIGHTS
 from tasks.miniature.reader import Reader
 
 STEPS, GUIDANCE = 20, 2.0
+KINDS = ("numbers", "digits", "handwritten digits", "letters")
 
 
 class Sampler:
@@ -106,10 +107,20 @@ def asked(rng: np.random.Generator, kind: str, count: int) -> list[Attributes]:
 def measure_prompts(sampler: Sampler, judge: Judge, count: int = 300) -> dict[str, dict[str, float]]:
     """What the judge reads in pictures of full captions, by kind of picture."""
     rows = {}
-    for i, kind in enumerate(("numbers", "digits", "handwritten digits", "letters")):
+    for i, kind in enumerate(KINDS):
         truth = asked(np.random.default_rng([11, i]), kind, count)
         images = sampler.many([caption(a) for a in truth], seed=100 * i)
         rows[kind] = shares_right(judged(judge, images), truth)
+    return rows
+
+
+def measure_ceiling(judge: Judge, count: int = 300) -> dict[str, dict[str, float]]:
+    """What the judge reads in drawn pictures of the same captions: as well as it could read generated ones."""
+    rows = {}
+    for i, kind in enumerate(KINDS):
+        truth = asked(np.random.default_rng([11, i]), kind, count)
+        pixels = np.stack([draw(a, np.random.default_rng([16, i, k])) for k, a in enumerate(truth)])
+        rows[kind] = shares_right(judged(judge, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255), truth)
     return rows
 
 
@@ -247,11 +258,16 @@ def measure(parts: Iterable[str], weights: Path, cache: Path) -> dict[str, objec
         found["seconds_120_images"] = measure_seconds(sampler)
     if "use" in parts:
         found["real_accuracy_of_cnn"] = measure_use(sampler)
-    if {"prompts", "short", "swaps", "judge"} & set(parts):
+    if {"ceiling", "prompts", "short", "swaps", "judge"} & set(parts):
         judge = load_judge(weights / "judge")
         held_out = load(cache, "held_out", HELD_OUT)
-        full = {"judge": lambda: _judge_on(judge, held_out), "prompts": lambda: measure_prompts(sampler, judge),
-                "short": lambda: measure_short(sampler, judge), "swaps": lambda: measure_swaps(sampler, judge)}  # fmt: skip
+        full: dict[str, Callable[[], object]] = {
+            "judge": lambda: _judge_on(judge, held_out),
+            "ceiling": lambda: measure_ceiling(judge),
+            "prompts": lambda: measure_prompts(sampler, judge),
+            "short": lambda: measure_short(sampler, judge),
+            "swaps": lambda: measure_swaps(sampler, judge),
+        }
         found |= {name: work() for name, work in full.items() if name in parts}
     if "reader" in parts:
         reader = Reader.from_weights(weights / "captioner")
@@ -280,7 +296,7 @@ def _shown(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-PARTS = ("seconds", "judge", "prompts", "short", "swaps", "reader", "use")
+PARTS = ("seconds", "judge", "ceiling", "prompts", "short", "swaps", "reader", "use")
 
 
 def main() -> None:
