@@ -7,7 +7,6 @@ sharding or reordering work cannot shift a seed, and ``PYTHONHASHSEED`` changes 
 import hashlib
 import json
 
-import numpy as np
 import torch
 
 SEED_BITS = 63
@@ -33,8 +32,3 @@ def seed_for(*parts: int | str) -> int:
 def torch_generator(*parts: int | str) -> torch.Generator:
     """A CPU generator seeded by ``seed_for(*parts)``; CPU noise is the same on every device."""
     return torch.Generator("cpu").manual_seed(seed_for(*parts))
-
-
-def numpy_generator(*parts: int | str) -> np.random.Generator:
-    """A NumPy generator seeded by ``seed_for(*parts)``."""
-    return np.random.default_rng(seed_for(*parts))

@@ -12,15 +12,13 @@ same for every run, and adding a picture moves few others.
 All that can be wrong with the data is said here, in one sentence, before anything is computed.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from tasks.images import load_image, load_images
+from tasks.images import load_image
 from tasks.records import Benchmark, Frozen, ImageRef, Session
 from tasks.seeding import seed_for
 from tasks.store import digest_of
@@ -96,12 +94,6 @@ def build_benchmark(settings: DatasetSettings) -> Benchmark:
         split_rule=_split_rule(settings),
         sessions=tuple(_session(settings, index, drawn) for index in range(settings.n_sessions + 1)),
     )
-
-
-def load_refs(root: Path, refs: Sequence[ImageRef], size: int) -> tuple[Tensor, Tensor]:
-    """Pictures float32 [n, 3, size, size] in [0, 1] and labels int64 [n] of references below ``root``."""
-    labels = torch.tensor([ref.label for ref in refs], dtype=torch.int64)
-    return load_images([root / ref.path for ref in refs], size), labels
 
 
 # ---------------------------------------------------------------------------------------- classes

@@ -142,11 +142,11 @@ class StableDiffusion:
         return len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
     def fits(self, prompt: str) -> bool:
-        """Whether the text encoder reads the prompt to its end (77 tokens with the two marks)."""
+        """Whether the text encoder reads the prompt to its end (CLIP's: 77 tokens with the two marks)."""
         return self.token_count(prompt) <= self.tokenizer.model_max_length
 
     def encode_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "n tokens d"]:
-        """Prompt embeddings; each text is encoded once and alone, beyond 77 tokens it is cut off."""
+        """Prompt embeddings; each text is encoded once and alone, beyond the encoder's length it is cut off."""
         if len(self._encoded) > _CACHED_PROMPTS:
             self._encoded.clear()
         for prompt in dict.fromkeys(prompts):

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from tasks.datasets.benchmark import DatasetError, DatasetSettings, build_benchmark, load_refs
+from tasks.datasets.benchmark import DatasetError, DatasetSettings, build_benchmark
 from tasks.images import UnreadableImageError, save_png
 from tasks.store import digest_of
 
@@ -135,13 +135,6 @@ def test_hidden_and_other_files_are_passed_over(split_root):
     (split_root / "train" / "ant" / "notes.txt").write_text("x")
     (split_root / "train" / "empty").mkdir()
     assert build_benchmark(settings(split_root)) == before
-
-
-def test_load_refs_gives_images_and_labels(split_root):
-    chosen = settings(split_root)
-    images, labels = load_refs(split_root, build_benchmark(chosen).sessions[0].train, chosen.size)
-    assert images.shape == (8, 3, 8, 8)
-    assert labels.tolist() == [0] * 4 + [1] * 4
 
 
 # ------------------------------------------------------------------------------ what is refused
