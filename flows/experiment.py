@@ -107,10 +107,7 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
             origin = provenance(
                 config.identity,
                 data_digest=str(split.inputs["benchmark"]),
-                weights={
-                    "backbone": backbone_digest(config.learner.backbone),
-                    "generator": generator_digest(config.generator),
-                },
+                weights=_weights(config),
                 command=tuple(sys.argv),
             )
             write_json(store.root / "runs" / config.run_key / "provenance.json", origin)
@@ -172,6 +169,14 @@ def seal_split(store: Store, config: ExperimentConfig, benchmark: Benchmark) -> 
         output=Split,
         compute=compute,
     )
+
+
+def _weights(config: ExperimentConfig) -> dict[str, str]:
+    """Digests of the weights that the run uses; a method without images needs no generator."""
+    weights = {"backbone": str(backbone_digest(config.learner.backbone))}
+    if config.augmenter.draws:
+        weights["generator"] = str(generator_digest(config.generator))
+    return weights
 
 
 def _benchmark_digest(benchmark: Benchmark) -> Digest:

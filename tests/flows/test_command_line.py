@@ -150,3 +150,8 @@ class TestBeforeAnyCompute:
         text = self.refused(capsys, tmp_path, method="finetune")
         assert "stopping.max_epochs: 9 -> 2" in text
         assert "runtime.runs" in text
+
+    def test_a_method_without_images_needs_no_generator(self, tmp_path: Path) -> None:
+        place = Place(tmp_path)
+        quick = place.overrides(f"generator.path={tmp_path / 'sd'}", "stopping.max_epochs=1")
+        assert main(["dataset=digits", "method=finetune", *quick]) == 0
