@@ -54,7 +54,7 @@ def test_every_other_command_of_the_readme_is_one(command: str) -> None:
 
 def test_make_help_lists_every_target_with_one_line() -> None:
     shown = subprocess.run(
-        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     phony = re.findall(r"^\.PHONY: (\S+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert sorted(line.split()[0] for line in shown) == sorted(phony)

@@ -16,6 +16,10 @@ from tasks.miniature.captions import ATTRIBUTES, VALUES, Attributes
 from tasks.miniature.corpus import Sample, sample
 
 
+VERSION = 2
+"""Part of a cached corpus's name: to be raised whenever the pictures or the captions of a seed change."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a corpus is drawn from. ``short``, ``letters``: shares; ``held_out``: the judge's fonts."""
@@ -60,7 +64,8 @@ def _chunk(settings: Settings, start: int, stop: int) -> list[Sample]:
 def load(folder: Path, name: str, settings: Settings, workers: int = 2) -> Corpus:
     """The corpus of these settings, drawn on the first call and read from ``folder`` afterwards."""
     s = settings
-    stem = folder / f"{name}-{s.seed}-{s.count}-{s.short}-{s.letters}-{s.held_out}"
+    key = f"{name}-v{VERSION}-{s.seed}-{s.count}-{s.short}-{s.letters}-{s.held_out}"
+    stem = folder / key.replace(".", "_")
     if not stem.with_suffix(".json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         _save(stem, settings, workers)
