@@ -75,7 +75,7 @@ def evaluate(
     return context.store.run(
         "evaluate",
         VERSION,
-        settings={"learner": learner_identity(learner), "size": context.dataset.size},
+        settings={"learner": learner_identity(learner, None), "size": context.dataset.size},
         inputs={
             "session": context.session_ref.digest,
             "classifier": classifier.digest,
@@ -112,7 +112,7 @@ def evaluate_test(
     return context.store.run(
         "evaluate_test",
         VERSION,
-        settings={"learner": learner_identity(learner), "size": context.dataset.size},
+        settings={"learner": learner_identity(learner, None), "size": context.dataset.size},
         inputs={
             "test": test_ref.digest,
             "classifier": classifier.digest,

@@ -6,6 +6,7 @@ Heavy objects are built once per process and reused by every stage and session.
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -86,9 +87,16 @@ def learner_for(
     return model
 
 
-def learner_identity(learner: LearnerSettings) -> dict[str, object]:
-    """What of the learner's settings changes its result; the path of the pre-trained weights does not."""
-    return learner.model_dump(exclude={"backbone": {"checkpoint"}})
+def learner_identity(
+    learner: LearnerSettings, training: Literal["base", "incremental"] | None
+) -> dict[str, object]:
+    """What of the learner's settings changes its result, given which of its trainings it does, if any.
+
+    The path of the pre-trained weights does not, nor how another session trains: so a change of
+    ``learner.incremental`` leaves the base session sealed as it is.
+    """
+    settings = learner.model_dump(exclude={"backbone": {"checkpoint"}})
+    return {k: v for k, v in settings.items() if k not in {"base", "incremental"} - {training}}
 
 
 @lru_cache(maxsize=4)

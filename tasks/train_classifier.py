@@ -42,7 +42,10 @@ def train_classifier(context: EpochContext, learner: LearnerSettings) -> StageRe
     return context.store.run(
         "train_classifier",
         VERSION,
-        settings={"learner": learner_identity(learner), "size": context.dataset.size},
+        settings={
+            "learner": learner_identity(learner, "incremental" if context.session else "base"),
+            "size": context.dataset.size,
+        },
         inputs={
             "session": context.session_ref.digest,
             "backbone": backbone_digest(learner.backbone),

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from tasks.miniature.captions import ATTRIBUTES, VALUES, Attributes
 from tasks.miniature.corpus import Sample, sample
 
-
 VERSION = 2
 """Part of a cached corpus's name: to be raised whenever the pictures or the captions of a seed change."""
 
