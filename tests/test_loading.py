@@ -12,7 +12,7 @@ from tasks.loading import learner_identity
         ("learner.incremental.learning_rate=1e-5", {"incremental"}),
         ("learner.base.passes=9", {"base"}),
         ("learner.temperature=3.0", {"base", "incremental", None}),
-        ("learner.backbone.checkpoint=elsewhere", set()),
+        ("classifier.checkpoint=elsewhere", set()),
     ],
 )
 def test_a_setting_changes_only_the_stages_that_read_it(override: str, changes: set[str | None]) -> None:
