@@ -1,10 +1,10 @@
 """The contrastive finetuning strategy (Eq. 8): the adapter learns from triplets, a denoising step an update.
 
-An update takes examples of one level, draws a step k of the level's half, draws their images with the adapter
+An update takes examples of one level, draws a step k of the level's part, draws their images with the adapter
 as it is, and descends
 
     L_LDM + beta_p L_P + beta_c L_C          L_P and L_C through step k alone (``sampler.one_step_gradient``),
-                                             L_LDM on the positive's latents, timestep from the same half
+                                             L_LDM on the positive's latents, timestep from the same part
 
 with AdamW and a clipped gradient norm. Every draw (examples, steps, noise) follows from ``seed``.
 """
@@ -46,6 +46,7 @@ class TuningSettings(Frozen):
     lam: float = Field(ge=0)
     margin: float = Field(ge=0)
     clip: float = Field(gt=0)
+    border: float = Field(gt=0, lt=1)
     coef: CoefMode
     loss_sign: LossSign
     size: int | None = Field(ge=TAPS)
@@ -175,7 +176,7 @@ def _denoising_term(
     latents = generator.encode(torch.stack([example.positive for example in batch]))
     n_train = generator.scheduler.config.num_train_timesteps
     chain = timesteps_of(generator.scheduler, generator.settings.steps).tolist()
-    allowed = timestep_range(window, chain, n_train)
+    allowed = timestep_range(window, chain, settings.border, n_train)
     timesteps = torch.randint(allowed.start, allowed.stop, (len(batch),), generator=rng).to(generator.device)
     noise = torch.randn(latents.shape, generator=rng).to(latents)
     context = generator.encode_prompts([example.prompt for example in batch])
@@ -204,7 +205,7 @@ def plan(
     streams = {window: _shuffled(members, seed, window) for window, members in groups.items()}
     for update in range(settings.updates):
         window = next(turns)
-        step = draw_step(window, n_steps, torch_generator(seed, "step", update))
+        step = draw_step(window, n_steps, settings.border, torch_generator(seed, "step", update))
         yield window, step, [next(streams[window]) for _ in range(settings.batch)]
 
 

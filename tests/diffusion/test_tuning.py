@@ -24,6 +24,7 @@ SETTINGS = TuningSettings(
     lam=1.0,
     margin=0.5,
     clip=1.0,
+    border=0.5,
     coef="unit",
     loss_sign="distance",
     size=None,
@@ -147,6 +148,18 @@ def test_steps_come_from_the_rules_window(rule: str, levels: list[str], expected
     if rule == "guided":
         for _, step, batch in updates:
             assert {e.level for e in batch} == {"semantic" if step < 3 else "detail"}
+
+
+def test_steps_follow_the_border() -> None:
+    settings = SETTINGS.model_copy(update={"updates": 60, "border": 0.34})
+    blank = torch.zeros(3, 16, 16)
+    examples = [
+        TuningExample(str(n), level, blank, blank[None], n) for n, level in enumerate(("semantic", "detail"))
+    ]
+    drawn: dict[str, set[int]] = {"semantic": set(), "detail": set()}
+    for window, step, _ in plan(examples, settings, 6, steps_rule="guided", seed=3):
+        drawn[window].add(step)
+    assert drawn == {"semantic": {0, 1}, "detail": {2, 3, 4, 5}}
 
 
 def test_a_window_is_tuned_in_proportion_and_every_example_in_its_turn() -> None:
