@@ -155,12 +155,15 @@ class AugmentationSet(Frozen):
 
 
 class Prediction(Frozen):
-    """What the classifier said of one image. ``margin`` = logit of the label minus the best other one."""
+    """What the classifier said of one image. ``margin`` = logit of the label minus the best other one.
+
+    A VLM that names classes has no margin; ``predicted`` is None where its answer named none of them.
+    """
 
     image_id: str
     label: int
-    predicted: int
-    margin: float
+    predicted: int | None
+    margin: float | None
 
     @property
     def correct(self) -> bool:
@@ -292,6 +295,17 @@ class Usage(Frozen):
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    @classmethod
+    def total(cls, parts: Iterable["Usage"]) -> Self:
+        """The sum of several."""
+        listed = tuple(parts)
+        return cls(**{name: sum(getattr(part, name) for part in listed) for name in cls.model_fields})
+
+    @property
+    def tokens(self) -> int:
+        """Read and written together."""
+        return self.prompt_tokens + self.completion_tokens
+
 
 # ----------------------------------------------------------------------------------------- stage outputs
 
@@ -314,12 +328,18 @@ class Evaluation(Frozen):
 
 
 class TestEvaluation(Frozen):
-    """Output of the sealing evaluation: counts over the test images of all classes seen."""
+    """Output of the sealing evaluation: counts over the test images of all classes seen.
+
+    The last three are of a VLM that classifies: ``unparsed`` answers named no class and count as wrong.
+    """
 
     __test__ = False  # not a pytest class
 
     predictions: ArtifactRef
     accuracy: SessionAccuracy
+    unparsed: int = 0
+    usage: Usage = Usage()
+    transcript: ArtifactRef | None = None
 
 
 class Mining(Frozen):
@@ -409,7 +429,10 @@ class EpochRecord(Frozen):
 
 
 class SessionRecord(Frozen):
-    """One sealed session: its start, how many epochs it took and why it stopped, and its test counts."""
+    """One sealed session: its start, how many epochs it took and why it stopped, and its test counts.
+
+    ``unparsed``: answers of the VLM in which no verdict or no class could be read.
+    """
 
     format: int = RECORD_FORMAT
     run: str
@@ -421,6 +444,7 @@ class SessionRecord(Frozen):
     test: StageRecord[TestEvaluation]
     images_drawn: int
     usage: Usage
+    unparsed: int = 0
 
 
 class ExperimentRecord(Frozen):
@@ -436,6 +460,7 @@ class ExperimentRecord(Frozen):
     sessions: tuple[SessionAccuracy, ...]
     images_drawn: int
     usage: Usage
+    unparsed: int = 0
     epochs: int
 
     @property

@@ -30,7 +30,7 @@ from tasks.vlm.client import VlmSettings
 from tasks.vlm.coordinator import Coordinator, PairToJudge
 from tasks.vlm.factory import open_client
 
-VERSION = 1
+VERSION = 2  # 2: with fixed prompts no rewriting is asked for
 
 
 @task(name="vlm_compare", cache_policy=NO_CACHE, persist_result=False)
@@ -45,7 +45,8 @@ def vlm_compare(
     """Let the VLM compare each centre with the failures of its class; members inherit its verdict."""
 
     def compute(work: StageFolder) -> Comparing:
-        fits = generator_for(context, generator, context.start.adapter).fits
+        rewrites = augmenter.prompts == "rewritten"
+        fits = generator_for(context, generator, context.start.adapter).fits if rewrites else None
         with tqdm(
             desc=f"session {context.session} epoch {context.epoch}: VLM", disable=None, leave=False
         ) as bar:
@@ -56,7 +57,7 @@ def vlm_compare(
                 lambda phase, done, total: bar.set_postfix_str(f"{phase} {done}/{total}"),
             )
         clusters = read_lines(context.store.locate(mining.clusters), Cluster)
-        verdicts = _inherited(_applied(result.verdicts, context, augmenter), clusters)
+        verdicts = _inherited(result.verdicts, clusters)
         write_lines(work.path / "verdicts.jsonl", verdicts)
         write_transcript(work.path / "transcript.jsonl", result.exchanges)
         semantic = sum(verdict.level == "semantic" for verdict in verdicts)
@@ -111,16 +112,6 @@ def _pairs(context: EpochContext, mining: Mining) -> list[PairToJudge]:
         )
         for centre, path in zip(centres, augmented_paths(context, centres), strict=True)
     ]
-
-
-def _applied(
-    verdicts: Sequence[Verdict], context: EpochContext, augmenter: AugmenterSettings
-) -> list[Verdict]:
-    """With ``prompts=fixed`` the verdicts choose the steps to tune, and the prompts stay."""
-    if augmenter.prompts == "rewritten":
-        return list(verdicts)
-    prompts = {image.id: image.prompt for image in augmented_images(context)}
-    return [verdict.model_copy(update={"prompt_next": prompts[verdict.augmented_id]}) for verdict in verdicts]
 
 
 def _inherited(verdicts: Sequence[Verdict], clusters: Sequence[Cluster]) -> list[Verdict]:

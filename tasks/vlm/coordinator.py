@@ -8,7 +8,7 @@ For each selected generated image (a cluster's centre) and all failing originals
 3. a centre that differs from any original (the sum of Eq. 1 is positive) has its prompt rewritten towards ONE
    of the originals it differs from. Eq. 1 leaves open which: here the one that the fewest centres of the
    class aim at so far, so that the class's prompts spread over the variety of its failures. Its level is
-   semantic, that of the others detail.
+   semantic, that of the others detail. Where prompts are fixed no rewriting is asked for.
 
 Nothing is drawn at random: equal images, prompts and replies give equal verdicts and transcripts.
 """
@@ -22,14 +22,12 @@ from pathlib import Path
 from torch import Tensor
 
 from tasks.records import Answer, Comparison, Usage, Verdict
-from tasks.vlm.client import ChatClient, Exchange, Picture, Reply, Request, VlmSettings, request_key
+from tasks.vlm.asking import Asker, Progress
+from tasks.vlm.client import ChatClient, Exchange, Picture, Request, VlmSettings
 from tasks.vlm.prompts import clean_prompt, compare, describe, parse_answer, rewrite
 
 Image = Tensor | Path
 """A picture file, or [3, h, w] in [0, 1]."""
-
-Progress = Callable[[str, int, int], None]
-"""Told the phase (captions, judgements, rewrites), how many of its answers are there, and of how many."""
 
 CHUNK = 64
 """Images held in memory at a time."""
@@ -71,13 +69,16 @@ class Coordinator:
         self._max_side = settings.max_side
 
     def judge_all(
-        self, pairs: Sequence[PairToJudge], fits: Callable[[str], bool], progress: Progress | None = None
+        self,
+        pairs: Sequence[PairToJudge],
+        fits: Callable[[str], bool] | None,
+        progress: Progress | None = None,
     ) -> JudgeResult:
         """Caption, judge, rewrite.
 
         Args:
             pairs: one for each generated image to be judged, any classes together.
-            fits: whether the generator's text encoder takes a prompt whole.
+            fits: whether the generator's text encoder takes a prompt whole; None where prompts are fixed.
             progress: told as answers come in.
 
         Raises:
@@ -85,20 +86,23 @@ class Coordinator:
             VlmError: the VLM did not answer.
         """
         _refuse_twice(pairs)
-        log = _Log(self._client, progress)
-        captions = self._captions(pairs, log)
-        answers = _judgements(pairs, captions, log)
+        asker = Asker(self._client, progress)
+        captions = self._captions(pairs, asker)
+        answers = _judgements(pairs, captions, asker)
         compared = [_comparisons(pair, captions, answers) for pair in pairs]
-        targets = _targets(pairs, compared)
-        prompts = _rewritten(pairs, targets, log, fits)
+        targets: list[Comparison | None] = [None] * len(pairs)
+        prompts = [pair.prompt for pair in pairs]
+        if fits is not None:
+            targets = _targets(pairs, compared)
+            prompts = _rewritten(pairs, targets, asker, fits)
         verdicts = [
             _verdict(pair, comparisons, target, prompt)
             for pair, comparisons, target, prompt in zip(pairs, compared, targets, prompts, strict=True)
         ]
         unparsed = sum(c.answer == "unparsed" for comparisons in compared for c in comparisons)
-        return JudgeResult(verdicts, log.exchanges, log.usage, unparsed)
+        return JudgeResult(verdicts, asker.exchanges, asker.usage, unparsed)
 
-    def _captions(self, pairs: Sequence[PairToJudge], log: "_Log") -> dict[tuple[str, str], str]:
+    def _captions(self, pairs: Sequence[PairToJudge], asker: Asker) -> dict[tuple[str, str], str]:
         """Captions by ("augmented" or "original", id); images are read, sent and dropped by the chunk."""
         images: dict[tuple[str, str], Image] = {}
         for pair in pairs:
@@ -107,7 +111,7 @@ class Coordinator:
         captions: dict[tuple[str, str], str] = {}
         for chunk in _chunks(list(images), CHUNK):
             asked = [describe(Picture.of(images[name], self._max_side)) for name in chunk]
-            texts = log.ask_until("captions", asked, lambda text: bool(text.strip()), len(images))
+            texts = asker.ask_until("captions", asked, lambda text: bool(text.strip()), len(images))
             captions.update(zip(chunk, (text.strip() for text in texts), strict=True))
         return captions
 
@@ -128,7 +132,7 @@ def _refuse_twice(pairs: Sequence[PairToJudge]) -> None:
 
 
 def _judgements(
-    pairs: Sequence[PairToJudge], captions: dict[tuple[str, str], str], log: "_Log"
+    pairs: Sequence[PairToJudge], captions: dict[tuple[str, str], str], asker: Asker
 ) -> dict[tuple[str, str], Answer]:
     """Answers by (caption of the generated image, caption of the original); without a caption, unparsed."""
     wanted = dict.fromkeys(
@@ -137,7 +141,7 @@ def _judgements(
         for original_id, _ in pair.originals
     )
     asked = [both for both in wanted if all(both)]
-    texts = log.ask_until(
+    texts = asker.ask_until(
         "judgements",
         [compare(*both) for both in asked],
         lambda text: parse_answer(text) != "unparsed",
@@ -186,13 +190,13 @@ def _targets(
 def _rewritten(
     pairs: Sequence[PairToJudge],
     targets: Sequence[Comparison | None],
-    log: "_Log",
+    asker: Asker,
     fits: Callable[[str], bool],
 ) -> list[str]:
     """The next prompt of each pair: P(c_aug, c_orig) where there is a target, else its own."""
     aimed = [(n, target) for n, target in enumerate(targets) if target is not None]
     asked = [rewrite(t.caption_augmented, t.caption_original, pairs[n].prompt) for n, t in aimed]
-    replies = log.ask("rewrites", [Request(messages=messages) for messages in asked], len(asked))
+    replies = asker.ask("rewrites", [Request(messages=messages) for messages in asked], len(asked))
     prompts = [pair.prompt for pair in pairs]
     for (n, _), reply in zip(aimed, replies, strict=True):
         prompts[n] = clean_prompt(reply.text, fits, pairs[n].prompt)
@@ -205,60 +209,8 @@ def _verdict(
     return Verdict(
         augmented_id=pair.augmented_id,
         label=pair.label,
-        level="detail" if target is None else "semantic",
+        level="semantic" if any(c.answer == "different" for c in comparisons) else "detail",
         prompt_next=prompt,
         comparisons=comparisons,
         target_id=target.original_id if target else None,
     )
-
-
-# ------------------------------------------------------------------------------------------ asking
-
-
-class _Log:
-    """Asks each distinct question once and remembers the exchanges in the order of asking."""
-
-    def __init__(self, client: ChatClient, progress: Progress | None) -> None:
-        self._client = client
-        self._progress = progress
-        self._exchanges: dict[str, Exchange] = {}
-        self._done: Counter[str] = Counter()
-
-    @property
-    def exchanges(self) -> list[Exchange]:
-        return list(self._exchanges.values())
-
-    @property
-    def usage(self) -> Usage:
-        used = [exchange.reply.usage for exchange in self.exchanges]
-        return Usage(
-            calls=len(used),
-            prompt_tokens=sum(u.prompt_tokens for u in used),
-            completion_tokens=sum(u.completion_tokens for u in used),
-        )
-
-    def ask(self, phase: str, requests: Sequence[Request], total: int) -> list[Reply]:
-        keys = [request_key(request, self._client.sampling) for request in requests]
-        new = {k: r for k, r in zip(keys, requests, strict=True) if k not in self._exchanges}
-        known = len(keys) - len(new)
-        self._tell(phase, known, total)
-        replies = self._client.complete_all(list(new.values()), lambda _i, _r: self._tell(phase, 1, total))
-        for (key, request), reply in zip(new.items(), replies, strict=True):
-            self._exchanges[key] = Exchange.of(request, self._client.sampling, reply)
-        return [self._exchanges[key].reply for key in keys]
-
-    def ask_until(
-        self, phase: str, dialogues: Sequence[tuple], good: Callable[[str], bool], total: int
-    ) -> list[str]:
-        """Ask; ask once more, as a second sample, where the reply is not good. Gives the last replies."""
-        texts = [reply.text for reply in self.ask(phase, [Request(messages=d) for d in dialogues], total)]
-        bad = [n for n, text in enumerate(texts) if not good(text)]
-        again = self.ask(f"{phase}, again", [Request(messages=dialogues[n], sample=1) for n in bad], len(bad))
-        for n, reply in zip(bad, again, strict=True):
-            texts[n] = reply.text
-        return texts
-
-    def _tell(self, phase: str, more: int, total: int) -> None:
-        self._done[phase] += more
-        if self._progress and more:
-            self._progress(phase, min(self._done[phase], total), total)

@@ -72,6 +72,17 @@ _REFUSAL = re.compile(
 )
 
 
+def bare(text: str) -> str:
+    """A reply without its reasoning block, tags, a label such as "Answer:" and the marks that lead it."""
+    plain = _TAG.sub(" ", _THINKING.sub(" ", text)).lstrip(_MARKS)
+    return _LABEL.sub("", plain).lstrip(_MARKS)
+
+
+def declines(text: str) -> bool:
+    """Whether a reply refuses somewhere."""
+    return _REFUSAL.search(text) is not None
+
+
 def parse_answer(text: str) -> Answer:
     """YES is similar, NO is different, anything that does not plainly begin with one of them is unparsed.
 
@@ -80,14 +91,13 @@ def parse_answer(text: str) -> Answer:
     "No doubt they are alike" is not taken for a NO. A reply with both answers, or one that declines, is
     unparsed.
     """
-    bare = _TAG.sub(" ", _THINKING.sub(" ", text)).lstrip(_MARKS)
-    bare = _LABEL.sub("", bare).lstrip(_MARKS)
-    found = _LOUD.match(bare) or _QUIET.match(bare)
+    reply = bare(text)
+    found = _LOUD.match(reply) or _QUIET.match(reply)
     if not found:
         return "unparsed"
-    rest = bare[found.end() :]
+    rest = reply[found.end() :]
     said = found.group(1).upper()
-    if _contradicts(rest, "NO" if said == "YES" else "YES") or _REFUSAL.search(rest):
+    if _contradicts(rest, "NO" if said == "YES" else "YES") or declines(rest):
         return "unparsed"
     return "similar" if said == "YES" else "different"
 

@@ -100,6 +100,16 @@ def test_rewritten_prompts_are_kept_under_the_encoders_limit() -> None:
     assert result.verdicts[0].prompt_next == "like cat cat cat cat"
 
 
+def test_with_fixed_prompts_levels_stay_and_no_rewriting_is_asked_for() -> None:
+    vlm = FakeVlm(names(dog=1, cat=2))
+    pairs = [pair("a", 1, {"o1": 1, "o2": 2}), pair("b", 2, {"o2": 2})]
+    result = Coordinator(vlm, SETTINGS).judge_all(pairs, None)
+    assert (len(vlm.asked), vlm.count(DESCRIBE), vlm.count(COMPARE)) == (5, 2, 3)
+    semantic, detail = result.verdicts
+    assert (semantic.level, semantic.prompt_next, semantic.target_id) == ("semantic", "A picture of 0", None)
+    assert (detail.level, detail.prompt_next) == ("detail", "A picture of 0")
+
+
 def test_many_images_go_in_chunks_and_progress_reaches_its_total() -> None:
     count = CHUNK + 10
     vlm = FakeVlm(names(**{f"n{v}": v for v in range(count)}))
