@@ -3,7 +3,7 @@
 The window is an 11-tap Gaussian of sigma 1.5; covariances are those of the population; only positions
 where the window lies inside the image count; the data range is 1; channels are averaged. Nothing is
 computed in half precision, where the local variances cancel to noise: pairs are compared in float64 (in
-float32 large flat regions cost 2e-5), all pairs of two sets in float32 around each window's own mean.
+float32 large flat regions cost 2e-5), all pairs of two sets in float32 around one window's own mean.
 
     S(p) = (2 mu_x mu_y + C1) (2 cov_xy + C2) / ((mu_x^2 + mu_y^2 + C1) (var_x + var_y + C2))
 
@@ -22,7 +22,8 @@ C1, C2 = 0.01**2, 0.03**2
 TOLERANCE = 1e-3
 """How far outside [0, 1] a value may lie before it is refused as another range."""
 
-_CACHE_BYTES = 1 << 22  # of scratch a block may use to stay in a core's cache
+_TILE_PAIRS = 1 << 16  # four float32 matrices of so many pairs stay in a core's cache of 1 to 2 MB
+_PIXEL_BYTES = 64  # of scratch for each pixel of a tile's images: statistics in float64 and copies
 
 
 def ssim(x: Float[Tensor, "n c h w"], y: Float[Tensor, "n c h w"]) -> Float[Tensor, " n"]:
@@ -90,13 +91,15 @@ def pairwise_ssim(
 ) -> Float[Tensor, "n_a n_b"]:
     """SSIM of every image of ``a`` with every image of ``b``.
 
-    At one window position the covariances of all pairs are one matrix product of centred, weighted
-    windows, and the denominator is one of rank four; tiles are small enough to stay in cache.
+    At one window position the covariances of all pairs are one matrix product: windows of ``a``, weighted and
+    centred, with those of ``b`` as they lie in memory, since a centred window sums a constant to zero. Both
+    factors of the denominator are one product of rank four. What remains for each pair and position is one
+    multiply-add and one division, on tiles that stay in a core's cache.
 
     Args:
         a: [n_a, c, h, w] in [0, 1], sides at least 11.
         b: [n_b, c, h, w] in [0, 1], the same c, h and w.
-        memory_mb: scratch memory, in MiB, beyond inputs and result.
+        memory_mb: scratch memory, in MiB, beyond inputs and result; the least is that of one pair of images.
 
     Returns:
         [n_a, n_b] in [-1, 1], float32.
@@ -108,62 +111,80 @@ def pairwise_ssim(
         raise ValueError(f"pairwise_ssim needs images of one shape, got {list(a.shape)} and {list(b.shape)}")
     if memory_mb < 1:
         raise ValueError(f"memory_mb must be at least 1, got {memory_mb}")
+    if len(a) > len(b):  # the first set's windows are copied, the second's are not
+        return pairwise_ssim(b, a, memory_mb=memory_mb).mT.contiguous()
     _check_shapes(a, a)
     _check_shapes(b, b)
     result = a.new_zeros(len(a), len(b), dtype=torch.float32)
-    tile = max(16, min(256, int((memory_mb * 2**20 / 4 / 16) ** 0.5)))
+    rows, columns = _tile_sides(a, memory_mb)
     with torch.autocast(a.device.type, enabled=False):
-        for i in range(0, len(a), tile):
-            for j in range(0, len(b), tile):
-                part = result[i : i + tile, j : j + tile]
-                _add_tile(part, a[i : i + tile].float(), b[j : j + tile].float())
+        for tile_a, band in zip(a.split(rows), result.split(rows), strict=True):
+            for tile_b, out in zip(b.split(columns), band.split(columns, dim=1), strict=True):
+                _fill_tile(out, tile_a, tile_b)
     return result
 
 
-def _add_tile(out: Float[Tensor, "n m"], a: Float[Tensor, "n c h w"], b: Float[Tensor, "m c h w"]) -> None:
+def _tile_sides(a: Float[Tensor, "n c h w"], memory_mb: int) -> tuple[int, int]:
+    """How many images of the first and of the second set are compared at once."""
+    pairs = _TILE_PAIRS if a.device.type == "cpu" else _TILE_PAIRS * 64
+    images = memory_mb * 2**20 // (_PIXEL_BYTES * a.shape[2] * a.shape[3])
+    rows = max(1, min(len(a), int(pairs**0.5), images // 2, memory_mb * 2**20 // (32 * int(pairs**0.5))))
+    return rows, max(1, min(pairs // rows, images - rows))
+
+
+def _fill_tile(out: Float[Tensor, "n m"], a: Float[Tensor, "n c h w"], b: Float[Tensor, "m c h w"]) -> None:
     """Write the mean of S(p) over all positions and channels of every pair into ``out``."""
-    channels, rows, columns = a.shape[1], a.shape[2] - TAPS + 1, a.shape[3] - TAPS + 1
-    pairs = len(a) * len(b)
-    step = max(1, min(columns, _CACHE_BYTES // 4 // (3 * pairs + TAPS**2 * (len(a) + len(b)))))
-    if a.device.type != "cpu":
-        step = columns
-    for channel in range(channels):
-        for row in range(rows):
-            for left in range(0, columns, step):
-                right = min(left + step, columns) + TAPS - 1
-                view = (slice(None), channel, slice(row, row + TAPS), slice(left, right))
-                out += _position_sums(a[view], b[view])
-    out /= channels * rows * columns
+    total = out.new_zeros(out.shape, dtype=torch.float64)  # equal terms round alike: float32 holds one row's
+    scratch = (*(out.new_empty(out.shape) for _ in range(4)), out.new_empty(TAPS**2, len(a)))
+    for x, y in zip(a.unbind(1), b.unbind(1), strict=True):
+        side_a, side_b = _PixelMajor(x), _PixelMajor(y)
+        for row in range(len(side_a.mean)):
+            total += _row_sums(scratch, side_a, side_b, row)
+    positions = (a.shape[2] - TAPS + 1) * (a.shape[3] - TAPS + 1)
+    out.copy_(total / (a.shape[1] * positions))
 
 
-def _position_sums(a: Float[Tensor, "n 11 w"], b: Float[Tensor, "m 11 w"]) -> Float[Tensor, "n m"]:
-    """Sum of S(p) over the window positions along one row of windows, for all pairs."""
-    mu_a, var_a, windows_a = _windows(a)
-    mu_b, var_b, windows_b = _windows(b)
-    p_a, p_b = mu_a**2 + C1 / 2, mu_b**2 + C1 / 2
-    q_a, q_b = var_a + C2 / 2, var_b + C2 / 2
-    ones_a, ones_b = torch.ones_like(mu_a), torch.ones_like(mu_b)
-    # (p_a + p_b)(q_a + q_b), all terms positive, and 2 mu_a mu_b + C1
-    below = _outer((p_a * q_a, p_a, q_a, ones_a), (ones_b, q_b, p_b, p_b * q_b))
-    luminance = _outer((mu_a * 2, ones_a), (mu_b, ones_b * C1))
-    above = torch.baddbmm(a.new_full((1, 1, 1), C2), windows_a, windows_b.transpose(1, 2), alpha=2)
-    return above.mul_(luminance).div_(below).sum(0)
+class _PixelMajor:
+    """One channel of a tile's images with the image as the last index, and their local statistics."""
+
+    def __init__(self, images: Float[Tensor, "n h w"]) -> None:
+        """Statistics are taken in double precision: exact where an image is flat."""
+        exact = images.double()
+        mean = _smooth(exact)
+        self.mean = mean.permute(1, 2, 0).float().contiguous()
+        self.var = (_smooth(exact.square_()) - mean.square_()).permute(1, 2, 0).float().contiguous()
+        self._pixels = images.permute(1, 2, 0).float()
+
+    def band(self, row: int) -> Float[Tensor, "w11 n"]:
+        """The 11 image rows under one row of windows, column after column: each window is one slice."""
+        return self._pixels[row : row + TAPS].transpose(0, 1).flatten(0, 1).contiguous()
+
+    def denominator(self, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of one row, for p = mu^2 + C1 / 2 and q = var + C2 / 2, the terms of (p_a + p_b)(q_a + q_b)."""
+        p, q = self.mean[row] ** 2 + C1 / 2, self.var[row] + C2 / 2
+        return p * q, p, q, torch.ones_like(p)
 
 
-def _outer(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> Float[Tensor, "p n m"]:
-    return torch.stack(left, dim=-1) @ torch.stack(right, dim=-2)
-
-
-def _windows(
-    images: Float[Tensor, "n 11 w"],
-) -> tuple[Float[Tensor, "p n"], Float[Tensor, "p n"], Float[Tensor, "p n 121"]]:
-    """Local means and variances, and the windows centred and weighted so that products are covariances."""
-    taps = _taps(images.dtype, images.device)
-    weights = torch.outer(taps, taps).flatten()
-    patches = images.unfold(2, TAPS, 1).permute(2, 0, 1, 3).flatten(2)  # [p, n, 121]
-    mean = patches @ weights
-    centred = (patches - mean[..., None]) * weights.sqrt()
-    return mean, centred.square().sum(-1), centred
+def _row_sums(scratch: tuple[Tensor, ...], a: _PixelMajor, b: _PixelMajor, row: int) -> Float[Tensor, "n m"]:
+    """Sum of S(p) over the window positions of one row, for all pairs; lies in the scratch."""
+    sums, cov, above, below, centred = scratch
+    sums.zero_()
+    band_a, band_b = a.band(row), b.band(row)
+    weights = _window(sums.device)
+    mean_a, mean_b = a.mean[row], b.mean[row]
+    luminance_a = torch.stack((2 * C2 * mean_a, torch.full_like(mean_a, C1 * C2)), dim=2)
+    luminance_b = torch.stack((mean_b, torch.ones_like(mean_b)), dim=1)
+    below_a, below_b = torch.stack(a.denominator(row), dim=2), torch.stack(b.denominator(row)[::-1], dim=1)
+    positions = zip(mean_a, luminance_a, luminance_b, below_a, below_b, strict=True)
+    for column, (mean, left, right, left_below, right_below) in enumerate(positions):
+        window = slice(column * TAPS, (column + TAPS) * TAPS)
+        torch.sub(band_a[window], mean, out=centred).mul_(weights)
+        torch.mm(centred.T, band_b[window], out=cov)
+        torch.mm(left, right, out=above)
+        above.addcmul_(above, cov, value=2 / C2)  # C2 (2 mu mu + C1) becomes (2 mu mu + C1) (2 cov + C2)
+        torch.mm(left_below, right_below, out=below)
+        sums.addcdiv_(above, below)
+    return sums
 
 
 def _combine(mu_x: Tensor, mu_y: Tensor, var_x: Tensor, var_y: Tensor, cov: Tensor) -> Tensor:
@@ -186,6 +207,12 @@ def _taps(dtype: torch.dtype, device: torch.device) -> Float[Tensor, " 11"]:
     # rounded taps must still sum to 1, or flat regions get a variance: the smallest have bits to spare
     taps[[0, -1]] += ((1 - taps.double().sum()) / 2).to(dtype)
     return taps.to(device)
+
+
+@lru_cache(maxsize=4)
+def _window(device: torch.device) -> Float[Tensor, "121 1"]:
+    taps = _taps(torch.float64, device)
+    return torch.outer(taps, taps).flatten()[:, None].float()
 
 
 @lru_cache(maxsize=16)

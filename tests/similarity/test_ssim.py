@@ -103,6 +103,15 @@ def test_all_pairs_equal_the_loop_over_pairs(memory_mb: int, side: int) -> None:
     assert torch.allclose(pairwise_ssim(a, b, memory_mb=memory_mb), loop, atol=1e-5)
 
 
+@pytest.mark.parametrize(("n", "m"), [(300, 2), (2, 300), (1, 1)])
+def test_all_pairs_of_sets_of_any_size_on_flat_and_cut_images(n: int, m: int) -> None:
+    a, b = crops(16, n), crops(16, n + m)[n:]
+    a[0], b[0] = 0.9, 0.3  # flat: only the luminance differs
+    b[-1, :, :, :8] = 1.0  # half of it flat
+    loop = torch.stack([ssim(x[None], b) for x in a])
+    assert torch.allclose(pairwise_ssim(a, b, memory_mb=1), loop, atol=1e-5)
+
+
 def test_all_pairs_of_colour_images() -> None:
     a = torch.cat([photograph(*place) for place in PHOTOGRAPHS if place[3] == 64])
     loop = torch.tensor([[oracle(x[None], y[None]) for y in a] for x in a], dtype=torch.float32)
