@@ -20,8 +20,9 @@ def say_epoch(record: EpochRecord) -> None:
             f"verdicts {compared.semantic} semantic {compared.detail} detail, {compared.rewritten} prompts changed"
         )
     if record.tune and record.tune.output.updates:
-        ssim = record.tune.output.series["ssim_positive"]
-        parts.append(f"tuned, SSIM to failures {ssim[0]:.2f} -> {ssim[-1]:.2f}")
+        series = record.tune.output.series  # without L_P and L_C no SSIM is measured
+        name, shown = ("ssim_positive", "SSIM to failures") if "ssim_positive" in series else ("loss", "loss")
+        parts.append(f"tuned, {shown} {series[name][0]:.2f} -> {series[name][-1]:.2f}")
     console.print(f"  session {record.session} epoch {record.epoch}: {'; '.join(parts)}")
 
 

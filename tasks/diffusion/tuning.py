@@ -6,17 +6,19 @@ as it is, and descends
     L_LDM + beta_p L_P + beta_c L_C          L_P and L_C through step k alone (``sampler.one_step_gradient``),
                                              L_LDM on the positive's latents, timestep from the same part
 
-with AdamW and a clipped gradient norm. Every draw (examples, steps, noise) follows from ``seed``.
+with AdamW and a clipped gradient norm. Every draw (examples, steps, noise) follows from ``seed``. A term whose
+weight is 0 is not computed: without L_C no negative is looked at, without L_LDM nothing is encoded, without L_P
+and L_C no image is drawn (unless ``anchor`` wants the chain).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -51,6 +53,22 @@ class TuningSettings(Frozen):
     loss_sign: LossSign
     size: int | None = Field(ge=TAPS)
     anchor: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        if not any(self.weights.values()):
+            raise ValueError("beta_ldm, beta_p and beta_c are all 0, so nothing would be tuned; raise one")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term of Eq. 8 by its series' name; 0 is off."""
+        return {"ldm": self.beta_ldm, "perceptual": self.beta_p, "contrastive": self.beta_c}
+
+    @property
+    def draws(self) -> bool:
+        """Whether an update needs the sampling chain."""
+        return self.beta_p > 0 or self.beta_c > 0 or self.anchor > 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +119,7 @@ def tune(
     Returns:
         Series ``loss ldm perceptual contrastive ssim_positive ssim_negative contrast grad_norm``: the terms
         without their weights, ``loss`` their weighted sum, ``contrast`` the drawn images' standard deviation.
+        What was not computed has no series.
 
     Raises:
         ValueError: no example, or an adapter of another rank.
@@ -114,14 +133,13 @@ def tune(
     planned = plan(examples, settings, generator.settings.steps, steps_rule=steps_rule, seed=seed)
     for update, (window, step, batch) in enumerate(planned):
         optimiser.zero_grad(set_to_none=True)
-        terms = _image_terms(generator, batch, step, settings, seed_for(seed, "noise", update))
-        terms["ldm"] = _denoising_term(generator, batch, window, settings, seed_for(seed, "ldm", update))
-        terms["loss"] = (
-            settings.beta_ldm * terms["ldm"]
-            + settings.beta_p * terms["perceptual"]
-            + settings.beta_c * terms["contrastive"]
-            + terms.pop("anchor")
-        )
+        terms: dict[str, float] = {}
+        if settings.draws:
+            terms |= _image_terms(generator, batch, step, settings, seed_for(seed, "noise", update))
+        if settings.beta_ldm > 0:
+            terms["ldm"] = _denoising_term(generator, batch, window, settings, seed_for(seed, "ldm", update))
+        weighted = sum(weight * terms[name] for name, weight in settings.weights.items() if name in terms)
+        terms["loss"] = weighted + terms.pop("anchor", 0.0)
         terms["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, settings.clip))
         _record(result, terms, update, step)
         optimiser.step()
@@ -136,22 +154,21 @@ def _image_terms(
     """Backward of beta_p L_P + beta_c L_C through one step; the unweighted terms and statistics."""
     device, size = generator.device, settings.size
     positive = _resized(torch.stack([example.positive for example in batch]).to(device), size)
-    negatives = [_resized(example.negatives.to(device), size) for example in batch]
+    negatives = [positive[:0]] * len(batch)
+    if settings.beta_c > 0:
+        negatives = [_resized(example.negatives.to(device), size) for example in batch]
     seen: dict[str, list[Tensor]] = {}
 
     def image_loss(images: Tensor, part: slice) -> Tensor:
         found = similarities(_resized(images, size), positive[part], negatives[part])
-        terms = {
-            "perceptual": perceptual(found, settings.loss_sign),
-            "contrastive": contrastive(found, settings.lam, settings.margin, settings.loss_sign),
-        }
-        for name, values in {
-            **terms,
-            "ssim_positive": found.positive,
-            "ssim_negative": found.negative,
-        }.items():
+        terms = {"perceptual": perceptual(found, settings.loss_sign)}
+        measured = {"ssim_positive": found.positive}
+        if settings.beta_c > 0:
+            terms["contrastive"] = contrastive(found, settings.lam, settings.margin, settings.loss_sign)
+            measured["ssim_negative"] = found.negative
+        for name, values in (terms | measured).items():
             seen.setdefault(name, []).append(values.detach())
-        return settings.beta_p * terms["perceptual"] + settings.beta_c * terms["contrastive"]
+        return torch.stack([settings.weights[name] * values for name, values in terms.items()]).sum(0)
 
     prompts = [example.prompt for example in batch]
     seeds = [seed_for(seed, position, example.seed) for position, example in enumerate(batch)]
@@ -169,9 +186,7 @@ def _denoising_term(
     settings: TuningSettings,
     seed: int,
 ) -> float:
-    """Backward of beta_ldm L_LDM; the unweighted term, 0 where it is off."""
-    if settings.beta_ldm == 0:
-        return 0.0
+    """Backward of beta_ldm L_LDM; the unweighted term."""
     rng = torch_generator(seed)
     latents = generator.encode(torch.stack([example.positive for example in batch]))
     n_train = generator.scheduler.config.num_train_timesteps
