@@ -8,13 +8,13 @@ import difflib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from flows.convergence import StoppingSettings
 from tasks.augmentation import AugmenterSettings
@@ -28,6 +28,7 @@ from tasks.runtime import RuntimeSettings
 from tasks.similarity.selection import MiningSettings
 from tasks.tracking import TrackingSettings
 from tasks.vlm.client import VlmSettings
+from tasks.vlm.zero_shot import ZeroShotSettings
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
@@ -40,13 +41,17 @@ class ConfigError(ValueError):
 
 
 class ExperimentConfig(Frozen):
-    """One dataset, method and seed."""
+    """One dataset, method and seed.
+
+    Raises:
+        ValueError: images would be drawn for a VLM that classifies and learns nothing.
+    """
 
     method: str
     seed: int = Field(ge=0)
     dataset: DatasetSettings
     classifier: BackboneSettings
-    learner: LearnerSettings
+    learner: Annotated[LearnerSettings | ZeroShotSettings, Field(discriminator="kind")]
     augmenter: AugmenterSettings
     generator: GeneratorSettings
     vlm: VlmSettings
@@ -55,6 +60,28 @@ class ExperimentConfig(Frozen):
     stopping: StoppingSettings
     runtime: RuntimeSettings
     tracking: TrackingSettings
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if self.zero_shot and self.augmenter.draws:
+            raise ValueError("learner=vlm_zero_shot learns nothing from images: use augmenter=none with it")
+        return self
+
+    @property
+    def zero_shot(self) -> bool:
+        """Whether the VLM itself classifies and nothing is trained."""
+        return isinstance(self.learner, ZeroShotSettings)
+
+    @property
+    def trained(self) -> LearnerSettings:
+        """The learner's settings, where there is one that learns."""
+        assert not isinstance(self.learner, ZeroShotSettings), "asked for only where zero_shot is not"
+        return self.learner
+
+    @property
+    def asks_vlm(self) -> bool:
+        """Whether the run needs a VLM at all."""
+        return self.zero_shot or self.augmenter.asks_vlm
 
     @property
     def run_key(self) -> str:
@@ -140,5 +167,5 @@ def _pydantic_sentence(error: ValidationError) -> str:
             if item["type"] == "missing" or isinstance(item["input"], Mapping)
             else f" (got {item['input']!r})"
         )
-        parts.append(f"{name}: {item['msg']}{given}")
+        parts.append(f"{name}: {item['msg']}{given}" if name else item["msg"])
     return "; ".join(parts)

@@ -32,9 +32,9 @@ def run_epoch(
         history: validation accuracies of the session's earlier epochs.
     """
     augmenter = config.augmenter
-    trained = train_classifier(context, config.learner)
+    trained = train_classifier(context, config.trained)
     classifier = trained.output.classifier
-    evaluated = evaluate(context, classifier, config.learner)
+    evaluated = evaluate(context, classifier, config.trained)
     record = EpochRecord(
         run=context.run,
         session=context.session,

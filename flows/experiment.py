@@ -15,7 +15,7 @@ from flows.session import run_session
 from tasks.classification.backbone import load_backbone
 from tasks.context import EpochContext
 from tasks.datasets.benchmark import build_benchmark
-from tasks.loading import backbone_digest, generator_digest
+from tasks.loading import backbone_digest, generator_digest, vlm_digest
 from tasks.miniature.vlm_server import serve_miniature
 from tasks.provenance import provenance
 from tasks.records import (
@@ -32,6 +32,7 @@ from tasks.records import (
 from tasks.store import StageFolder, Store, read_json, write_json
 from tasks.tracking import Tracker
 from tasks.vlm.factory import check_vlm
+from tasks.vlm.zero_shot import refuse_alike
 
 SPLIT_VERSION = 1
 
@@ -82,10 +83,13 @@ def preflight(config: ExperimentConfig) -> Benchmark:
         _same_settings(config.runtime.runs / config.run_key / "config.json", config)
     config.runtime.torch_device  # noqa: B018 - raises where the device is not there
     benchmark = build_benchmark(config.dataset)
-    load_backbone(config.learner.backbone)
+    if config.zero_shot:
+        refuse_alike(benchmark.class_names)
+    else:
+        load_backbone(config.trained.backbone)
     if config.augmenter.draws:
         generator_digest(config.generator)
-    if config.augmenter.asks_vlm and config.vlm.kind != "miniature":
+    if config.asks_vlm and config.vlm.kind != "miniature":
         with check_vlm(config.vlm, serve_miniature):
             pass
     return benchmark
@@ -98,11 +102,7 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
     with _held(store, config.run_key):
         split = seal_split(store, config, benchmark)
         with ExitStack() as stack:
-            vlm_url = (
-                stack.enter_context(check_vlm(config.vlm, serve_miniature))
-                if config.augmenter.asks_vlm
-                else None
-            )
+            vlm_url = stack.enter_context(check_vlm(config.vlm, serve_miniature)) if config.asks_vlm else None
             write_json(folder / "config.json", config.identity)
             origin = provenance(
                 config.identity,
@@ -172,10 +172,14 @@ def seal_split(store: Store, config: ExperimentConfig, benchmark: Benchmark) -> 
 
 
 def _weights(config: ExperimentConfig) -> dict[str, str]:
-    """Digests of the weights that the run uses; a method without images needs no generator."""
-    weights = {"backbone": str(backbone_digest(config.learner.backbone))}
+    """Digests of the weights that the run uses; those of a VLM are known where the project ships them."""
+    weights: dict[str, str] = {}
+    if not config.zero_shot:
+        weights["backbone"] = str(backbone_digest(config.trained.backbone))
     if config.augmenter.draws:
         weights["generator"] = str(generator_digest(config.generator))
+    if config.asks_vlm and (vlm := vlm_digest(config.vlm)) is not None:
+        weights["vlm"] = str(vlm)
     return weights
 
 
@@ -195,11 +199,8 @@ def summarise(config: ExperimentConfig, split: Split, sessions: list[SessionReco
         n_base=config.dataset.n_base,
         sessions=tuple(session.test.output.accuracy for session in sessions),
         images_drawn=sum(session.images_drawn for session in sessions),
-        usage=Usage(
-            calls=sum(session.usage.calls for session in sessions),
-            prompt_tokens=sum(session.usage.prompt_tokens for session in sessions),
-            completion_tokens=sum(session.usage.completion_tokens for session in sessions),
-        ),
+        usage=Usage.total(session.usage for session in sessions),
+        unparsed=sum(session.unparsed for session in sessions),
         epochs=sum(session.epochs for session in sessions),
     )
 

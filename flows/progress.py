@@ -3,7 +3,7 @@
 from prefect.artifacts import create_table_artifact
 from rich.console import Console
 
-from tasks.records import EpochRecord, ExperimentRecord, SessionAccuracy, SessionRecord
+from tasks.records import EpochRecord, ExperimentRecord, SessionAccuracy, SessionRecord, Usage
 
 console = Console(stderr=True, highlight=False)
 
@@ -27,11 +27,12 @@ def say_epoch(record: EpochRecord) -> None:
 
 
 def say_session(record: SessionRecord) -> None:
-    """One line: test accuracy of a sealed session."""
+    """One line: test accuracy of a sealed session, and what it cost."""
     accuracy = record.test.output.accuracy
     novel = "" if accuracy.novel is None else f", base {accuracy.base:.1%}, novel {accuracy.novel:.1%}"
     console.print(
-        f"  session {record.session}: test {accuracy.overall:.1%}{novel} ({record.converged_because})"
+        f"  session {record.session}: test {accuracy.overall:.1%}{novel} ({record.converged_because}); "
+        f"{budget(record.images_drawn, record.usage, record.unparsed)}"
     )
 
 
@@ -47,9 +48,16 @@ def show_experiment(record: ExperimentRecord) -> None:
         }
         for session in record.sessions
     ]
+    spent = budget(record.images_drawn, record.usage, record.unparsed)
     create_table_artifact(
-        table=rows, key="session-accuracy", description=f"{record.run}: test accuracy by session"
+        table=rows, key="session-accuracy", description=f"{record.run}: test accuracy by session; {spent}"
     )
+
+
+def budget(images: int, usage: Usage, unparsed: int) -> str:
+    """What was drawn and asked, in words; answers that could not be read are named where there are any."""
+    text = f"{images:,} images drawn, {usage.calls:,} VLM calls, {usage.tokens:,} tokens"
+    return f"{text}, {unparsed:,} unparsed" if unparsed else text
 
 
 def _counts(accuracy: SessionAccuracy) -> str:

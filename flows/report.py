@@ -15,7 +15,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -76,11 +76,12 @@ class Column(Frozen):
     percent: bool
 
     def text(self, statistic: Statistic | None) -> str:
-        """A cell: ``66.7 ± 1.2`` in percent, a plain mean for counts, a dash for nothing."""
+        """A cell: ``66.7 ± 1.2`` in percent, a mean for counts (``123k`` from 100,000 on), a dash for nothing."""
         if statistic is None:
             return "–"
         if not self.percent:
-            return f"{statistic.mean:,.0f}"
+            mean = statistic.mean
+            return f"{mean:,.0f}" if mean < 99_999.5 else f"{mean / 1000:,.0f}k"
         spread = "" if statistic.std is None else f" ± {100 * statistic.std:.1f}"
         return f"{100 * statistic.mean:.1f}{spread}"
 
@@ -95,6 +96,8 @@ COLUMNS = (
     Column(name="harmonic", value=lambda record, _: record.sessions[-1].harmonic, percent=True),
     Column(name="images", value=lambda record, _: record.images_drawn, percent=False),
     Column(name="VLM calls", value=lambda record, _: record.usage.calls, percent=False),
+    Column(name="VLM tokens", value=lambda record, _: record.usage.tokens, percent=False),
+    Column(name="unparsed", value=lambda record, _: record.unparsed, percent=False),
     Column(name="epochs", value=lambda record, _: record.epochs, percent=False),
     Column(name="seconds", value=lambda _, seconds: seconds, percent=False),
 )
@@ -271,7 +274,8 @@ def markdown(rows: Sequence[Row], sentences: Sequence[str]) -> str:
 NOTE = (
     "Accuracies in percent, mean ± standard deviation over seeds. A_base, A_last: after the first and last "
     "session, over all classes seen; A_avg: mean over sessions; PD = A_base - A_last; base, novel, harmonic: "
-    "after the last session. Images, VLM calls, epochs and seconds of computing are means per run."
+    "after the last session. Images, VLM calls, tokens (read and written), unparsed answers (no verdict, or no "
+    "class, which counts as wrong), epochs and seconds of computing are means per run."
 )
 
 
@@ -309,17 +313,27 @@ def print_table(
     console = console or Console()
     for dataset in dict.fromkeys(run.dataset for run in found):
         console.print(_terminal_table(dataset, table(run for run in found if run.dataset == dataset)))
-    for sentence in comparisons(found):
+    for sentence in [*comparisons(found), *_unparsed(found)]:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
+def _unparsed(runs: Iterable[Run]) -> Iterator[str]:
+    """A sentence for each method some of whose answers could not be read; the terminal has no column for it."""
+    place = HEADINGS.index("unparsed")
+    for row in table(runs):
+        if (text := row.texts[place]) not in ("0", "–"):
+            yield f"{row.dataset}: {row.method}: {text} VLM answers a run named no verdict or no class (unparsed)"
+
+
 def _terminal_table(dataset: str, rows: Sequence[Row]) -> Table:
-    """A table of eighty characters with one seed; PD and base are in the files."""
-    kept = [place for place, name in enumerate(HEADINGS) if name not in ("dataset", "PD", "base")]
+    """A table of eighty characters with one seed; the columns that do not fit are in the files."""
+    left_out = ("dataset", "PD", "base", "unparsed", "epochs")
+    kept = [place for place, name in enumerate(HEADINGS) if name not in left_out]
     shown = Table(title=escape(dataset), box=SIMPLE_HEAD, padding=0, show_edge=False)
     for place in kept:
         side: Literal["left", "right"] = "left" if place == 1 else "right"
-        shown.add_column(HEADINGS[place], justify=side, no_wrap=place == 1, overflow="fold")
+        heading = HEADINGS[place].replace(" ", "\n")
+        shown.add_column(heading, justify=side, no_wrap=place == 1, overflow="fold")
     for row in rows:
         shown.add_row(*(escape(row.texts[place]) for place in kept))
     return shown

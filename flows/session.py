@@ -1,5 +1,9 @@
-"""One FSCIL session: draw A_0, run epochs until validation says stop, then count the test set once."""
+"""One FSCIL session: draw A_0, run epochs until validation says stop, then count the test set once.
 
+Where the VLM itself classifies there is nothing to draw and no epoch to run: its session is the count alone.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import flow
@@ -8,7 +12,7 @@ from flows.config import ExperimentConfig
 from flows.epoch import run_epoch
 from flows.progress import say_epoch, say_session
 from tasks.context import EpochContext
-from tasks.evaluate import evaluate_test
+from tasks.evaluate import evaluate_test, evaluate_zero_shot
 from tasks.records import (
     ArtifactRef,
     AugmentationSet,
@@ -16,11 +20,24 @@ from tasks.records import (
     LoopState,
     SessionRecord,
     StageRecord,
+    TestEvaluation,
     Usage,
 )
 from tasks.regenerate import regenerate
 from tasks.store import artifacts_of, export, write_json
 from tasks.tracking import Tracker
+
+Initial = StageRecord[AugmentationSet] | None
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What a session's epochs left: A_0, their records, why they stopped, and the state they ended with."""
+
+    initial: Initial
+    epochs: list[EpochRecord]
+    stop: str
+    end: LoopState
 
 
 @flow(name="session", flow_run_name="session {index}", persist_result=False, validate_parameters=False)
@@ -44,7 +61,31 @@ def run_session(
         vlm_url: address of a VLM started by the run, if any.
         tracker: mirrors sealed records into MLflow.
     """
-    initial = None
+    if config.zero_shot:
+        tracker.session_start(index, None, folder / "initial")
+        learned = _Learned(None, [], "the VLM classifies and learns nothing", context.start)
+        test = evaluate_zero_shot(context, test_ref, config.vlm, vlm_url)
+    else:
+        learned = _learn(config, index, context, folder, vlm_url, tracker)
+        assert learned.end.classifier is not None, "an epoch always leaves a classifier"
+        test = evaluate_test(context, test_ref, learned.end.classifier, config.trained)
+    export(context.store, artifacts_of(test), test, folder / "test")
+    session = _sealed(context, index, learned, test)
+    write_json(folder / "record.json", session)
+    tracker.session(session)
+    say_session(session)
+    return session
+
+
+def _learn(
+    config: ExperimentConfig,
+    index: int,
+    context: EpochContext,
+    folder: Path,
+    vlm_url: str | None,
+    tracker: Tracker,
+) -> _Learned:
+    initial: Initial = None
     if config.augmenter.draws:
         initial = regenerate(context, 0, config.augmenter, config.generator, context.start.adapter, None)
         export(context.store, artifacts_of(initial), initial, folder / "initial")
@@ -62,26 +103,27 @@ def run_session(
         say_epoch(record)
         records.append(record)
         context = _starting(context, record.epoch + 1, record.next)
+    return _Learned(initial, records, stop, records[-1].next)
 
-    last = records[-1].next
-    assert last.classifier is not None, "an epoch always leaves a classifier"
-    test = evaluate_test(context, test_ref, last.classifier, config.learner)
-    export(context.store, artifacts_of(test), test, folder / "test")
-    session = SessionRecord(
+
+def _sealed(
+    context: EpochContext, index: int, learned: _Learned, test: StageRecord[TestEvaluation]
+) -> SessionRecord:
+    """The session's record, with all that its epochs and its sealing evaluation drew and asked."""
+    drawn = [learned.initial, *(record.regenerate for record in learned.epochs)]
+    compared = [record.compare.output for record in learned.epochs if record.compare]
+    return SessionRecord(
         run=context.run,
         session=index,
-        initial=initial,
-        epochs=len(records),
-        converged_because=stop,
-        end=last,
+        initial=learned.initial,
+        epochs=len(learned.epochs),
+        converged_because=learned.stop,
+        end=learned.end,
         test=test,
-        images_drawn=_images_drawn(initial, records),
-        usage=_usage(records),
+        images_drawn=sum(stage.output.count for stage in drawn if stage is not None),
+        usage=Usage.total([*(output.usage for output in compared), test.output.usage]),
+        unparsed=sum(output.unparsed for output in compared) + test.output.unparsed,
     )
-    write_json(folder / "record.json", session)
-    tracker.session(session)
-    say_session(session)
-    return session
 
 
 def stages_of(record: EpochRecord) -> tuple[object, ...]:
@@ -91,17 +133,3 @@ def stages_of(record: EpochRecord) -> tuple[object, ...]:
 
 def _starting(context: EpochContext, epoch: int, start: LoopState) -> EpochContext:
     return context.model_copy(update={"epoch": epoch, "start": start})
-
-
-def _images_drawn(initial: StageRecord[AugmentationSet] | None, records: list[EpochRecord]) -> int:
-    sets = [initial, *(record.regenerate for record in records)]
-    return sum(stage.output.count for stage in sets if stage is not None)
-
-
-def _usage(records: list[EpochRecord]) -> Usage:
-    used = [record.compare.output.usage for record in records if record.compare]
-    return Usage(
-        calls=sum(u.calls for u in used),
-        prompt_tokens=sum(u.prompt_tokens for u in used),
-        completion_tokens=sum(u.completion_tokens for u in used),
-    )

@@ -5,7 +5,8 @@ Returns: Evaluation - predictions and integer counts per class.
 Writes:  predictions.jsonl
 
 :func:`evaluate_test` seals a session: it alone is handed the test images, after the last epoch, and
-what it returns goes into the session's record and nowhere else.
+what it returns goes into the session's record and nowhere else. :func:`evaluate_zero_shot` takes its place
+where the VLM itself classifies (Table 4, first row); its answers go to the state's cache one by one.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
+from tqdm import tqdm
 
 from tasks.classification.metrics import predictions_from_logits
 from tasks.context import EpochContext
@@ -25,9 +27,11 @@ from tasks.loading import (
     learner_for,
     learner_identity,
     load_session,
+    original_paths,
     originals,
     session_of,
     training_data,
+    vlm_digest,
 )
 from tasks.records import (
     ArtifactRef,
@@ -41,6 +45,10 @@ from tasks.records import (
     TestEvaluation,
 )
 from tasks.store import StageFolder, write_lines
+from tasks.vlm.cassette import write_transcript
+from tasks.vlm.client import VlmSettings
+from tasks.vlm.factory import open_client
+from tasks.vlm.zero_shot import Classified, classify
 
 VERSION = 1
 
@@ -122,6 +130,53 @@ def evaluate_test(
         output=TestEvaluation,
         compute=compute,
     )
+
+
+@task(name="evaluate_zero_shot", cache_policy=NO_CACHE, persist_result=False)
+def evaluate_zero_shot(
+    context: EpochContext, test_ref: ArtifactRef, vlm: VlmSettings, vlm_url: str | None
+) -> StageRecord[TestEvaluation]:
+    """Count the classes that the VLM names for the test images of a session, once. Nothing was learned."""
+    session = load_session(context.store, test_ref)
+    names = [context.class_names[label] for label in session.seen_classes]
+
+    def compute(work: StageFolder) -> TestEvaluation:
+        with tqdm(desc=f"session {context.session}: VLM names classes", disable=None, leave=False) as bar:
+            found = classify(
+                open_client(vlm, base_url=vlm_url, cache=context.runtime.state / "vlm"),
+                original_paths(context, session.test),
+                names,
+                vlm.max_side,
+                lambda _phase, done, total: bar.set_postfix_str(f"{done}/{total}"),
+            )
+        predictions = _named(session, found)
+        write_lines(work.path / "test-predictions.jsonl", predictions)
+        write_transcript(work.path / "test-transcript.jsonl", found.exchanges)
+        return TestEvaluation(
+            predictions=work.ref("test-predictions.jsonl", "predictions"),
+            accuracy=SessionAccuracy.of(context.session, context.n_base, predictions),
+            unparsed=found.unparsed,
+            usage=found.usage,
+            transcript=work.ref("test-transcript.jsonl", "transcript"),
+        )
+
+    return context.store.run(
+        "evaluate_zero_shot",
+        VERSION,
+        settings={"vlm": vlm.identity, "names": names},
+        inputs={"test": test_ref.digest, "vlm": vlm_digest(vlm)},
+        seed=0,
+        output=TestEvaluation,
+        compute=compute,
+    )
+
+
+def _named(session: Session, found: Classified) -> list[Prediction]:
+    classes = [None if place is None else session.seen_classes[place] for place in found.places]
+    return [
+        Prediction(image_id=image.id, label=image.label, predicted=named, margin=None)
+        for image, named in zip(session.test, classes, strict=True)
+    ]
 
 
 def _predictions(

@@ -107,6 +107,7 @@ def result_metrics(record: ExperimentRecord) -> dict[str, float]:
     """The experiment's summary: ``result/*`` in [0, 1] and ``budget/*`` as counts."""
     results = {"A_base": record.a_base, "A_last": record.a_last, "A_avg": record.a_avg, "PD": record.pd}
     budget = {"images_drawn": record.images_drawn, "epochs": record.epochs, **_usage(record.usage)}
+    budget["vlm_unparsed"] = record.unparsed
     return {f"result/{k}": v for k, v in results.items()} | {
         f"budget/{k}": float(v) for k, v in budget.items()
     }

@@ -170,10 +170,12 @@ def _session(
         state = record.next
     test = _test(made, session, correct)
     export(made.store, artifacts_of(test), test, folder / "test")
+    asked = [record for record in made.epochs if record.session == session and record.compare]
     done = SessionRecord(
         run=made.run, session=session, initial=initial, epochs=epochs, converged_because="max_epochs",
         end=state, test=test, images_drawn=2 * len(names) * (epochs if initial else 0),
-        usage=Usage(calls=7 * (epochs - 1)) if made.method not in ("finetune", "fixed_sd") else Usage(),
+        usage=Usage.total([record.compare.output.usage for record in asked]),
+        unparsed=sum(record.compare.output.unparsed for record in asked),
     )  # fmt: skip
     write_json(folder / "record.json", done)
     made.sessions.append(done)
@@ -185,7 +187,8 @@ def _experiment(made: FabricatedRun, dataset: str) -> ExperimentRecord:
         run=made.run, dataset=dataset, method=made.method, seed=made.seed, class_names=CLASSES, n_base=N_BASE,
         sessions=tuple(session.test.output.accuracy for session in made.sessions),
         images_drawn=sum(session.images_drawn for session in made.sessions),
-        usage=Usage(calls=sum(session.usage.calls for session in made.sessions)),
+        usage=Usage.total(session.usage for session in made.sessions),
+        unparsed=sum(session.unparsed for session in made.sessions),
         epochs=sum(session.epochs for session in made.sessions),
     )  # fmt: skip
 
@@ -289,7 +292,7 @@ def _compare(made: FabricatedRun, session: int, epoch: int, names: tuple[str, ..
             transcript=work.ref("transcript.jsonl", "transcript"),
             semantic=len(names) - 1,
             detail=1,
-            unparsed=0,
+            unparsed=1,
             rewritten=len(names) - 1,
             usage=Usage(calls=7, prompt_tokens=70, completion_tokens=14),
         )

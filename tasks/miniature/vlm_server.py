@@ -1,4 +1,4 @@
-"""The miniature's VLM: an OpenAI-compatible server on this machine that answers Figure 3's three requests.
+"""The miniature's VLM: an OpenAI-compatible server on this machine for Figure 3's requests and the zero-shot one.
 
 What is **learned** is reading: a captioner trained on the miniature's corpus says of each image its category,
 form, style, weight, pose, colour and background. What is **rule** is everything else:
@@ -11,6 +11,8 @@ form, style, weight, pose, colour and background. What is **rule** is everything
   background are taken from the second description and phrased as the corpus's full captions are. A form that
   the subject cannot have (a number read as a letter) becomes the plain one. A subject that the corpus does
   not know keeps the prompt's own words, up to the first comma;
+- *which one of these classes*: of the names listed, one a line after a dash, the one that equals the category
+  read; if none does, that it is none of them;
 - anything else gets a polite answer.
 
 The server holds no dialogue: like any chat endpoint it is sent the whole of it each time. Images come as
@@ -92,6 +94,7 @@ class ApiError(Exception):
 
 _LINE = re.compile(r"^\*\*(\w+):\*\*[ \t]*(.+?)[ \t]*$", re.MULTILINE)
 _PROMPT = re.compile(r'prompt of the first image is "(.*)"\. Please modify', re.DOTALL)
+_OFFERED = re.compile(r"^- (.+?)[ \t]*$", re.MULTILINE)
 POLITE = (
     "I am a small captioner of letters and numbers. I can describe an image, tell whether two described "
     "images are semantically similar, and rewrite the prompt of the first one."
@@ -133,6 +136,12 @@ def rewrite(prompt: str, second: Attributes) -> str:
         return caption(seen)
     words = prompt.split(",")[0].strip() or "A picture"
     return ", ".join([words, *clauses(seen)])
+
+
+def choose(category: str, offered: Sequence[str]) -> str:
+    """The name among those offered that equals the category read; that it is none of them if none does."""
+    named = (name for name in offered if name.casefold() == category.casefold())
+    return next(named, "It is none of these classes.")
 
 
 def _possible_form(subject: str | None, form: str | None) -> str | None:
@@ -270,6 +279,8 @@ def answer(turns: Sequence[Turn], reader: BatchReader) -> str:
             return "I need two images, or two descriptions of images, before that."
         first, second = descriptions[:2]
         return rewrite(quoted.group(1), second) if quoted else ("YES" if similar(first, second) else "NO")
+    if asked.images and re.search(r"\bone of these classes\b", asked.text):
+        return choose(reader.read(asked.images[0]).category, _OFFERED.findall(asked.text))
     if asked.images:
         return "\n\n".join(describe(reader.read(image)) for image in asked.images)
     return POLITE

@@ -24,6 +24,7 @@ from flows.report import (
     COLUMNS,
     HEADINGS,
     Row,
+    Statistic,
     build,
     collect,
     comma_separated,
@@ -66,11 +67,17 @@ def test_rows_are_means_and_deviations_by_hand(tmp_path: Path) -> None:
     assert shown["base"] == "82.5 ± 10.6"  # 75 and 90
     assert shown["novel"] == "70.0 ± 28.3"  # 50 and 90
     assert shown["harmonic"] == "75.0 ± 21.2"  # 60 and 90
-    budget = [shown[name] for name in ("images", "VLM calls", "epochs", "seconds")]
-    assert budget == ["20", "14", "4", "50"]  # 20 stages of 2 and of 3 seconds
+    budget = [shown[name] for name in ("images", "VLM calls", "VLM tokens", "unparsed", "epochs", "seconds")]
+    assert budget == ["20", "14", "168", "2", "4", "50"]  # 20 stages of 2 and of 3 seconds
     assert cells(finetune)["images"] == "0"
     assert cells(finetune)["seconds"] == "–"
     assert cells(finetune)["harmonic"] == "0.0 ± 0.0"
+
+
+def test_large_counts_are_short() -> None:
+    tokens = COLUMN["VLM tokens"]
+    texts = [tokens.text(Statistic.of([mean])) for mean in (0, 1728, 99_999.4, 99_999.5, 1_234_567)]
+    assert texts == ["0", "1,728", "99,999", "100k", "1,235k"]
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
@@ -181,7 +188,10 @@ def test_the_terminal_table_fits_eighty_columns(tmp_path: Path) -> None:
     )
     text = console.file.getvalue()  # type: ignore[attr-defined]
     row = next(line for line in text.splitlines() if line.startswith("guided"))
-    assert row.split() == ["guided", "1", "85.0", "66.7", "75.8", "50.0", "60.0", "20", "14", "4", "116"]
+    assert row.split() == ["guided", "1", "85.0", "66.7", "75.8", "50.0", "60.0", "20", "14", "168", "116"]
+    assert max(len(line) for line in text.splitlines() if not line.startswith("digits")) <= 80
+    assert "digits: guided: 2 VLM answers a run named no verdict or no class (unparsed)" in text
+    assert "digits: finetune: " not in text
     assert "guided - finetune: A_last +0.0, novel +0.0 percentage points" in text
 
 
