@@ -4,15 +4,18 @@
     fscil dataset=digits method=finetune,fixed_sd,guided seed=0,1,2      every combination, one after another
     fscil replay runs/digits/guided/seed-0/session-00/epoch-000          draw an epoch again and compare
     fscil report                                                         tables, curves and the gallery
+    fscil study [--runs runs] [--out reports] [--state .fscil]           what the method does, measured on sealed runs
+    fscil windows [generator=... windows=... any Hydra override ...]     which denoising step settles what
 
 Exit codes: 0 done; 1 a run failed or a replay differs; 2 the command or a setting is wrong; 130 interrupted.
 """
 
+import argparse
 import itertools
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0 if arguments else EXIT_USAGE
     quieten()
-    commands = {"replay": _replay, "report": _report}
+    commands = {"replay": _replay, "report": _report, "study": _study, "windows": _windows}
     try:
         if arguments[0] in commands:
             return commands[arguments[0]](arguments[1:])
@@ -155,6 +158,47 @@ def _report(arguments: Sequence[str]) -> int:
 
     runs, out, state = (Path(name) for name in (*arguments, *("runs", "reports", ".fscil")[len(arguments) :]))
     for path in build(runs, out, state):
+        print(path)
+    return 0
+
+
+def _study(arguments: Sequence[str]) -> int:
+    from flows.study import build_study
+
+    parser = argparse.ArgumentParser(
+        "fscil study", description="Measure sealed runs; writes study.md and more."
+    )
+    for name, place in (("runs", "runs"), ("out", "reports"), ("state", ".fscil")):
+        parser.add_argument(f"--{name}", type=Path, default=Path(place), help=f"folder, {place} by default")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=40,
+        help="how many are redrawn at most at each tuning and level, 40 by default",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="settings of the swapped prompts, such as windows.images=2"
+    )
+    chosen = parser.parse_args(arguments)
+    return _written(
+        lambda: build_study(chosen.runs, chosen.out, chosen.state, chosen.examples, chosen.overrides)
+    )
+
+
+def _windows(arguments: Sequence[str]) -> int:
+    from flows.config import load_windows
+    from flows.windows import write_windows
+
+    return _written(lambda: write_windows(load_windows(arguments), Path("reports")))
+
+
+def _written(write: Callable[[], list[Path]]) -> int:
+    """Print which files were written, or why none could be."""
+    try:
+        paths = write()
+    except _known_errors() as error:
+        return _fail(error, EXIT_USAGE)
+    for path in paths:
         print(path)
     return 0
 

@@ -8,7 +8,7 @@ import difflib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -21,11 +21,13 @@ from tasks.augmentation import AugmenterSettings
 from tasks.classification.backbone import BackboneSettings
 from tasks.datasets.benchmark import DatasetSettings
 from tasks.diffusion.generator import GeneratorSettings
+from tasks.diffusion.swaps import SwapSettings
 from tasks.diffusion.tuning import TuningSettings
 from tasks.learners.factory import LearnerSettings
 from tasks.records import Frozen
 from tasks.runtime import RuntimeSettings
 from tasks.similarity.selection import MiningSettings
+from tasks.store import read_json
 from tasks.tracking import TrackingSettings
 from tasks.vlm.client import VlmSettings
 from tasks.vlm.zero_shot import ZeroShotSettings
@@ -94,6 +96,17 @@ class ExperimentConfig(Frozen):
         return self.model_dump(mode="json", exclude={"runtime", "tracking"})
 
 
+class WindowsConfig(Frozen):
+    """What ``fscil windows`` reads: which generator draws, which prompts are swapped, and where it runs."""
+
+    generator: GeneratorSettings
+    windows: SwapSettings
+    runtime: RuntimeSettings
+
+
+Settings = TypeVar("Settings", bound=Frozen)
+
+
 def load_config(overrides: Sequence[str]) -> ExperimentConfig:
     """Compose and validate one experiment's settings.
 
@@ -103,14 +116,42 @@ def load_config(overrides: Sequence[str]) -> ExperimentConfig:
     Raises:
         ConfigError: an unknown group, choice or key, or a value of the wrong type; the message names it.
     """
+    return _composed("config", ExperimentConfig, overrides)
+
+
+def load_windows(overrides: Sequence[str]) -> WindowsConfig:
+    """Compose and validate the settings of ``fscil windows``. Raises ConfigError as :func:`load_config`."""
+    return _composed("windows", WindowsConfig, overrides)
+
+
+def stored_config(folder: Path) -> ExperimentConfig:
+    """The settings that a run's folder, or one below it, was written with; where and how to run are today's.
+
+    Raises:
+        ConfigError: no config.json there or above, or one of another version.
+    """
+    for parent in (folder.resolve(), *folder.resolve().parents):
+        if (file := parent / "config.json").is_file():
+            here = load_config([]).model_dump(include={"runtime", "tracking"})
+            return _validated(ExperimentConfig, {**here, **read_json(file)})
+    raise ConfigError(
+        f"no config.json in or above {folder}; give a folder below runs/<dataset>/<method>/seed-<n>"
+    )
+
+
+def _composed(primary: str, model: type[Settings], overrides: Sequence[str]) -> Settings:
     try:
         with _COMPOSING, initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+            composed = OmegaConf.to_container(compose(primary, overrides=list(overrides)), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_hydra_sentence(error, overrides)) from error
+        raise ConfigError(_hydra_sentence(error, overrides, model)) from error
     assert isinstance(composed, dict), "the primary config is a mapping"
+    return _validated(model, composed)
+
+
+def _validated(model: type[Settings], values: Mapping[Any, Any]) -> Settings:
     try:
-        return ExperimentConfig.model_validate(composed)
+        return model.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_pydantic_sentence(error)) from error
 
@@ -132,19 +173,19 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return changed
 
 
-def _hydra_sentence(error: Exception, overrides: Sequence[str]) -> str:
+def _hydra_sentence(error: Exception, overrides: Sequence[str], model: type[Frozen]) -> str:
     text = " ".join(str(error).split())
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if (CONFIGS / key).is_dir() and value not in choices(key):
             return f"{key}={value} is unknown; {key} is one of: {', '.join(choices(key))}"
         if f"'{key}'" in text or key in text:
-            return f"override {override!r} does not fit the configuration{_nearest(key)}. {text}"
+            return f"override {override!r} does not fit the configuration{_nearest(key, model)}. {text}"
     return text
 
 
-def _nearest(key: str) -> str:
-    known = [name for name in _all_keys(ExperimentConfig) if "." in name or "=" not in name]
+def _nearest(key: str, model: type[Frozen]) -> str:
+    known = [name for name in _all_keys(model) if "." in name or "=" not in name]
     near = difflib.get_close_matches(key, known, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Measure = Callable[[SessionAccuracy], float | None]
 Point = tuple[int, float, float]
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f", "#a6761d")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f", "#a6761d")
 """Told apart by colour-blind eyes too (Okabe and Ito, then three more); the tenth method starts over."""
 
 
@@ -43,7 +43,7 @@ def draw(
         narrow: panels below each other, for a phone.
     """
     datasets = list(dict.fromkeys(run.dataset for run in runs))
-    with rc_context(_style(dark)):
+    with rc_context(style(dark)):
         columns = 1 if narrow else 2
         rows = 2 * len(datasets) // columns
         figure = Figure(figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
@@ -52,13 +52,19 @@ def draw(
             _dataset(overall, split, [run for run in runs if run.dataset == dataset])
             overall.set_title(f"{dataset}: all classes seen")
             split.set_title(f"{dataset}: base (solid), novel (dashed)")
-        out = io.BytesIO()
-        plain = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-        figure.savefig(out, format=kind, dpi=160, metadata=plain, transparent=kind == "svg")
+        return written(figure, kind)
+
+
+def written(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
+    """A figure as a file without a date, so that the same figure is the same bytes; call it within its style."""
+    out = io.BytesIO()
+    plain = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    figure.savefig(out, format=kind, dpi=160, metadata=plain, transparent=kind == "svg")
     return out.getvalue()
 
 
-def _style(dark: bool) -> dict[Any, Any]:
+def style(dark: bool) -> dict[Any, Any]:
+    """Settings that all plots share."""
     ink = "#e8e8e8" if dark else "#222222"
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return {
@@ -76,7 +82,7 @@ def _dataset(overall: Axes, split: Axes, runs: "list[Run]") -> None:
     methods = list(dict.fromkeys(run.method for run in runs))
     for place, method in enumerate(methods):
         members = [run for run in runs if run.method == method]
-        colour = _COLOURS[place % len(_COLOURS)]
+        colour = COLOURS[place % len(COLOURS)]
         _line(overall, points(members, lambda s: s.overall), colour, "-", method)
         _line(split, points(members, lambda s: s.base), colour, "-", None)
         _line(split, points(members, lambda s: s.novel), colour, "--", None)

@@ -12,7 +12,7 @@ import torch
 from prefect import flow
 from tqdm import tqdm
 
-from flows.config import ExperimentConfig
+from flows.config import stored_config
 from tasks.diffusion.generator import StableDiffusion, weights_digest
 from tasks.images import load_image, png_bytes
 from tasks.records import AugmentationSet, AugmentedImage, Digest, EpochRecord, Frozen, StageRecord
@@ -62,7 +62,7 @@ def replay(folder: Path) -> ReplayReport:
     Raises:
         ReplayError: no record, no images or no adapter there.
     """
-    drawn, config = _set_of(folder), _config_of(folder)
+    drawn, config = _set_of(folder), stored_config(folder)
     rows = read_lines(folder / "manifest.jsonl", AugmentedImage)
     settings = config.generator.model_copy(update={"batch": drawn.output.batch_shape[0]})
     generator = StableDiffusion.from_settings(settings, config.runtime.torch_device)
@@ -96,19 +96,6 @@ def _set_of(folder: Path) -> Set:
             f"{folder} drew no images: its augmenter has none, or it was the session's last epoch"
         )
     return drawn
-
-
-def _config_of(folder: Path) -> ExperimentConfig:
-    from flows.config import load_config
-
-    for parent in folder.resolve().parents:
-        if (parent / "config.json").is_file():
-            stored = read_json(parent / "config.json")
-            here = load_config([])
-            return ExperimentConfig.model_validate(
-                {**here.model_dump(include={"runtime", "tracking"}), **stored}
-            )
-    raise ReplayError(f"no config.json above {folder}")
 
 
 def _adapter_folder(folder: Path, wanted: Digest | None) -> Path | None:

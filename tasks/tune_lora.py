@@ -48,7 +48,7 @@ def tune_lora(
     start, seed = context.start, seed_for(context.seed, context.session, context.epoch, "tune_lora")
 
     def compute(work: StageFolder) -> Tuning:
-        examples = list(_examples(context, mining, verdicts, generator.size, seed))
+        examples = list(examples_of(context, mining, verdicts, generator.size, seed))
         if not examples:
             return Tuning(
                 adapter=None, updates=0, series={}, steps_drawn=(), skipped_because="no failure to learn from"
@@ -96,7 +96,7 @@ def tune_lora(
     )
 
 
-def _examples(
+def examples_of(
     context: EpochContext, mining: Mining, verdicts: ArtifactRef | None, size: int, seed: int
 ) -> Iterator[TuningExample]:
     """Each centre with each failure it stands against: a rewritten one only with the original it was rewritten for."""

@@ -42,7 +42,9 @@ def test_a_wrong_override_is_named_with_what_would_be_right(override: str, says:
     assert all(word in str(error.value) for word in says), str(error.value)
 
 
-@pytest.mark.parametrize("group", sorted(path.name for path in CONFIGS.iterdir() if path.is_dir()))
+@pytest.mark.parametrize(
+    "group", sorted({path.name for path in CONFIGS.iterdir() if path.is_dir()} - {"windows"})
+)
 def test_every_yaml_composes_and_validates(group: str) -> None:
     for name in choices(group):
         more = ["vlm.transcript=transcript.jsonl"] if (group, name) == ("vlm", "cassette") else []

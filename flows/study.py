@@ -1,0 +1,163 @@
+"""What the method does, shown on sealed runs; nothing is trained, and no test image is read.
+
+``build_study`` reads every run below a results folder and writes ``study.md``, ``study.json`` and a plot for each
+dataset, for whatever methods and seeds exist:
+
+    (a) the share of generated images whose read attributes are those of the class's real images, set by set
+    (b) SSIM to the positives minus SSIM to the negatives, before and after each tuning, by the verdict's level
+    (c) a distance between generated and real images in the features of a network that the loop never saw
+    (d) accuracy after the last session, over all and over novel classes
+    (e) which denoising step settles what (``fscil windows``)
+
+Measurements (a), (b), (c) and (e) are sealed in the state; (d) is read off the records, where test accuracies are.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from flows.config import ExperimentConfig, WindowsConfig, load_windows, stored_config
+from flows.experiment import Split
+from flows.measures import real_measure, set_measure, tuning_measure
+from flows.reading import knows
+from flows.report import Run, collect, table
+from flows.study_page import Place, RealRow, SetRow, Study, TuningRow, changes, lines, page
+from flows.study_plots import draw_study
+from flows.windows import WindowsMeasure, measure_windows
+from tasks.context import EpochContext
+from tasks.loading import generator_digest
+from tasks.records import ArtifactRef, Digest, EpochRecord, StageRecord
+from tasks.store import Store, StoreError, write_atomic, write_json
+
+Kind = Literal["png", "svg"]
+KINDS: tuple[Kind, ...] = ("png", "svg")
+
+
+def build_study(
+    runs: Path, out: Path, state: Path, examples: int, overrides: Sequence[str] = ()
+) -> list[Path]:
+    """Measure and write.
+
+    Args:
+        runs: results folder.
+        out: where to write; made if need be.
+        state: state folder of those runs, which holds what their records refer to.
+        examples: how many examples of each level are drawn for (b), at most.
+        overrides: settings of (e), such as ``windows.images=2``.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: there is no run, a record of another version, or a wrong setting.
+        StoreError: the state no longer holds what a record refers to.
+    """
+    found = collect(runs, state)
+    study = measure(found, state, examples, overrides)
+    write_json(out / "study.json", study)
+    files: dict[str, str | bytes] = {"study.md": page(study, table(found))}
+    for dataset in study.datasets:
+        shares = lines(study.sets, dataset, lambda one: one.shares["all"])
+        distances = lines(study.sets, dataset, lambda one: one.distance)
+        for kind in KINDS:
+            files[f"study-{dataset}.{kind}"] = draw_study(
+                dataset, shares, distances, changes(study.tunings, dataset), study.windows.get(dataset), kind
+            )
+    for name, content in files.items():
+        write_atomic(out / name, content)
+    return [out / name for name in ("study.json", *files)]
+
+
+def measure(runs: Sequence[Run], state: Path, examples: int, overrides: Sequence[str]) -> Study:
+    """All measurements of runs that drew images, in the runs' order. Raises as :func:`build_study`."""
+    sets: list[SetRow] = []
+    tunings: list[TuningRow] = []
+    real: dict[tuple[str, int], RealRow] = {}
+    windows: dict[str, WindowsMeasure] = {}
+    skipped: list[str] = []
+    for run in tqdm(runs, desc="study", unit="run", disable=None, leave=False):
+        for context, record, config in _epochs(run, state):
+            place = Place(
+                dataset=run.dataset,
+                method=run.method,
+                seed=run.seed,
+                session=record.session,
+                epoch=record.epoch,
+            )
+            if not knows(context.class_names):
+                skipped.append(f"{run.dataset}: (a) and (c), since the miniature cannot read its classes")
+            else:
+                sets.append(SetRow(place=place, found=set_measure(context)))
+                real[run.dataset, record.session] = RealRow(
+                    dataset=run.dataset, session=record.session, found=real_measure(context)
+                )
+            if not _same_generator(record, config):
+                skipped.append(
+                    f"{context.run}: (b) and (e), since the generator's weights are no longer its own"
+                )
+                continue
+            if record.tune is not None and record.tune.output.adapter is not None:
+                found = tuning_measure(context, record, record.tune, config.generator, examples)
+                tunings.append(TuningRow(place=place, found=found))
+            if run.dataset not in windows:
+                windows[run.dataset] = measure_windows(
+                    _windows_of(config, knows(context.class_names), overrides)
+                )
+    return Study(
+        sets=tuple(sets),
+        tunings=tuple(tunings),
+        real=tuple(real.values()),
+        windows=windows,
+        skipped=tuple(dict.fromkeys(skipped)),
+    )
+
+
+def _epochs(run: Run, state: Path) -> Iterator[tuple[EpochContext, EpochRecord, ExperimentConfig]]:
+    """The run's sealed epochs that began with a generated set, as their stages saw them."""
+    for file in sorted(run.folder.glob("session-*/epoch-*/record.json")):
+        record = EpochRecord.model_validate_json(file.read_text("utf-8"))
+        if record.start.augmentation is None:
+            continue
+        config = stored_config(run.folder)
+        runtime = config.runtime.model_copy(update={"state": state})
+        session_ref, class_names = _session_of(Store(state), record.evaluate.inputs["session"], file)
+        context = EpochContext(
+            run=record.run,
+            seed=run.seed,
+            session=record.session,
+            epoch=record.epoch,
+            session_ref=session_ref,
+            start=record.start,
+            class_names=class_names,
+            n_base=config.dataset.n_base,
+            dataset=config.dataset,
+            runtime=runtime,
+        )
+        yield context, record, config.model_copy(update={"runtime": runtime})
+
+
+def _session_of(store: Store, wanted: Digest | None, asked_by: Path) -> tuple[ArtifactRef, tuple[str, ...]]:
+    """The sealed session, its test images apart, and the dataset's category words."""
+    for file in sorted((store.root / "stages" / "split").glob("*/record.json")):
+        split = StageRecord[Split].model_validate_json(file.read_text("utf-8")).output
+        for ref in split.train:
+            if ref.digest == wanted:
+                return ref, split.class_names
+    raise StoreError(
+        f"{store.root} no longer holds the session that {asked_by} refers to; give the state folder of that run, "
+        "or run it again"
+    )
+
+
+def _same_generator(record: EpochRecord, config: ExperimentConfig) -> bool:
+    """Whether the epoch's tuning, if it had one, saw the base weights that are there now."""
+    return record.tune is None or record.tune.inputs["generator"] == generator_digest(config.generator)
+
+
+def _windows_of(config: ExperimentConfig, readable: bool, overrides: Sequence[str]) -> WindowsConfig:
+    """The run's generator, with the prompts that it knows."""
+    prompts = "miniature" if readable else "stable_diffusion"
+    chosen = load_windows([f"windows={prompts}", *overrides])
+    return chosen.model_copy(update={"generator": config.generator, "runtime": config.runtime})

@@ -1,0 +1,220 @@
+"""What the study measures against answers worked out by hand, and the study of one small experiment."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from flows.__main__ import main
+from flows.measures import ContrastChange, SetMeasure, TuningMeasure, class_distance, contrast, matching
+from flows.report import collect
+from flows.study import build_study, measure
+from flows.study_page import Place, SetRow, Study, TuningRow, changes, lines, page
+from tasks.diffusion.tuning import TuningExample
+from tasks.miniature.reader import Reading
+from tasks.records import EpochRecord
+from tests.conftest import Place as Finished
+from tests.helpers import fabricate_run
+
+QUICK = [
+    "windows.images=1",
+    "windows.subjects=[two,seven]",
+    *(f"~windows.pairs.{what}" for what in ("colour", "form", "category", "style")),
+]
+LOOKS = {0: {"form": "digit", "style": "handwritten", "colour": "white", "background": "black"}}
+
+
+def reading(category: str = "zero", **changes: str) -> Reading:
+    seen = {"form": "digit", "style": "handwritten", "colour": "white", "background": "black"}
+    return Reading(category=category, weight="bold", pose="upright", **{**seen, **changes})
+
+
+# ------------------------------------------------------------------------------------------ by hand
+
+
+def test_shares_count_what_is_read_as_the_class_looks() -> None:
+    read = [reading(), reading(colour="red"), reading("one", form="die"), reading("unknown")]
+    assert matching(read, [0, 0, 0, 0], LOOKS, ("zero", "one")) == {
+        "form": 0.75, "style": 1.0, "colour": 0.75, "background": 1.0, "all": 0.5, "category": 0.5,
+    }  # fmt: skip
+
+
+def test_an_empty_set_has_no_shares() -> None:
+    with pytest.raises(ValueError, match="no image to read"):
+        matching([], [], LOOKS, ("zero",))
+
+
+def test_the_distance_is_taken_class_by_class() -> None:
+    zeros, ones = torch.zeros(2, 1), torch.ones(2, 1)
+    swapped = class_distance({0: ones, 1: zeros}, {0: zeros, 1: ones})
+    assert swapped == pytest.approx(8 + 1 - 2)  # k(1, 1) = 8, k(0, .) = 1: the pooled sets would be equal
+    assert class_distance({0: zeros, 1: ones}, {0: zeros, 1: ones}) == 0
+    assert class_distance({0: zeros, 1: ones[:1]}, {0: ones, 1: zeros}) == pytest.approx(7)
+    assert class_distance({0: zeros}, {1: ones}) is None
+
+
+def test_contrast_is_the_mean_over_images_and_over_their_own_negatives() -> None:
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 3, 16, 16, generator=rng)
+    like = [
+        TuningExample("p", "detail", a, torch.stack([a, a]), 0),
+        TuningExample("p", "detail", b, b[None], 1),
+    ]
+    assert contrast(torch.stack([a, b]), like) == pytest.approx((1, 1))
+    assert contrast(torch.stack([b, a]), like)[0] < 0.2
+    mixed = [TuningExample("p", "detail", a, torch.stack([a, b]), 0)]
+    between = contrast(b[None], [TuningExample("p", "detail", a, b[None], 0)])[0]
+    assert contrast(a[None], mixed) == pytest.approx((1, (1 + between) / 2))
+
+
+def place(method: str, seed: int, epoch: int = 0) -> Place:
+    return Place(dataset="digits", method=method, seed=seed, session=0, epoch=epoch)
+
+
+def sets(method: str, *values: float) -> list[SetRow]:
+    shares = dict.fromkeys(("form", "style", "colour", "background", "category"), 1.0)
+    return [
+        SetRow(
+            place=place(method, seed), found=SetMeasure(images=4, shares={**shares, "all": v}, distance=None)
+        )
+        for seed, v in enumerate(values)
+    ]
+
+
+def tuning(method: str, seed: int, level: str, positive: tuple[float, float]) -> TuningRow:
+    change = ContrastChange(level=level, examples=2, positive=positive, negative=(0.25, 0.125))
+    return TuningRow(place=place(method, seed), found=TuningMeasure(levels=(change,)))
+
+
+def test_lines_are_means_over_seeds() -> None:
+    found = lines(
+        [*sets("guided", 0.5, 1.0), *sets("fixed_sd", 0.25)], "digits", lambda one: one.shares["all"]
+    )
+    assert found["guided"][0, 0].mean == 0.75
+    assert found["guided"][0, 0].std == pytest.approx(0.5 / 2**0.5)
+    assert (found["fixed_sd"][0, 0].n, found["fixed_sd"][0, 0].std) == (1, None)
+    assert lines(sets("guided", 0.5), "digits", lambda one: one.distance) == {}
+    assert lines(sets("guided", 0.5), "birds", lambda one: 1.0) == {}
+
+
+def test_changes_average_a_runs_tunings_before_the_seeds() -> None:
+    rows = [
+        tuning("guided", 0, "semantic", (0.25, 0.5)),
+        tuning("guided", 0, "semantic", (0.25, 1.0)),
+        tuning("guided", 1, "semantic", (0.5, 0.5)),
+        tuning("guided", 0, "detail", (0.5, 0.5)),
+    ]
+    found = changes(rows, "digits")
+    assert list(found) == [("guided", "semantic"), ("guided", "detail")]
+    before, after = found["guided", "semantic"]
+    assert (before.mean, before.n) == (0.125, 2)  # seeds 0 and 0.25
+    assert after.mean == pytest.approx((0.625 + 0.375) / 2)
+
+
+def test_the_page_says_what_was_left_out() -> None:
+    study = Study(
+        sets=tuple(sets("guided", 0.5, 1.0)), tunings=(), real=(), windows={}, skipped=("a: (b), since c",)
+    )
+    text = page(study, [])
+    assert "| guided | 0.0 | 2 | 100.0 ± 0.0 |" in text
+    assert "| 75.0 ± 35.4 |" in text
+    assert "- a: (b), since c" in text
+    assert "(b) digits" not in text
+
+
+# ------------------------------------------------------------------------------------------ a real run
+
+
+@pytest.fixture(scope="module")
+def studied(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("study")
+    build_study(finished.root / "runs", out, finished.root / "state", 3, QUICK)
+    return out
+
+
+def test_every_set_and_every_tuning_is_measured(finished: Finished, studied: Path) -> None:
+    study = Study.model_validate_json((studied / "study.json").read_text())
+    records = [
+        EpochRecord.model_validate_json(file.read_text())
+        for file in sorted(finished.run("guided").glob("session-*/epoch-*/record.json"))
+    ]
+    assert [(r.place.session, r.place.epoch) for r in study.sets] == [(r.session, r.epoch) for r in records]
+    tuned = [(r.session, r.epoch) for r in records if r.tune and r.tune.output.adapter]
+    assert [(r.place.session, r.place.epoch) for r in study.tunings] == tuned
+    assert tuned
+    assert all(change.examples <= 3 for row in study.tunings for change in row.found.levels)
+    assert any(
+        change.positive[0] != change.positive[1] for row in study.tunings for change in row.found.levels
+    ), "the adapter changed nothing"
+    assert [row.session for row in study.real] == [0, 1, 2]
+    assert study.real[0].found.looks[3]["form"] == "digit"
+    assert [settling.what for settling in study.windows["digits"].settlings] == ["background"]
+    assert study.skipped == ()
+
+
+def test_only_images_of_new_classes_count_and_real_images_are_train_and_validation(
+    finished: Finished, studied: Path
+) -> None:
+    study = Study.model_validate_json((studied / "study.json").read_text())
+    base, later = (next(r for r in study.sets if r.place.session == s).found for s in (0, 1))
+    split = json.loads(
+        next((finished.root / "state/stages/split").glob("*/session-00-train.json")).read_text()
+    )
+    assert base.images == max(len(split["train"]), 6 * 3)
+    assert study.real[0].found.images == len(split["train"]) + len(split["val"])
+    assert later.images == 2 * 5
+    assert study.real[1].found.images == 2 * 5
+
+
+def test_the_page_and_the_plots_are_there(studied: Path) -> None:
+    text = (studied / "study.md").read_text()
+    assert all(f"({part})" in text for part in "abde")
+    assert "study-digits.png" in text
+    assert (studied / "study-digits.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (studied / "study-digits.svg").read_text()
+
+
+def test_a_second_study_measures_nothing_anew_and_writes_the_same_bytes(
+    finished: Finished, studied: Path, tmp_path: Path
+) -> None:
+    stages = finished.root / "state" / "stages"
+    before = {path: path.stat().st_mtime_ns for path in stages.glob("study_*/*/record.json")}
+    assert before
+    build_study(finished.root / "runs", tmp_path, finished.root / "state", 3, QUICK)
+    assert {path: path.stat().st_mtime_ns for path in stages.glob("study_*/*/record.json")} == before
+    for path in studied.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_no_test_image_is_opened(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured anew, with every file that is opened as a picture noted."""
+    import tasks.images
+
+    opened: list[Path] = []
+    real = tasks.images.load_image
+
+    def noting(path: Path, size: int | None) -> torch.Tensor:
+        opened.append(path)
+        return real(path, size)
+
+    monkeypatch.setattr(tasks.images, "load_image", noting)
+    state = tmp_path / "state"
+    shutil.copytree(finished.root / "state", state, ignore=shutil.ignore_patterns("study_*", "mlflow*"))
+    measure(collect(finished.root / "runs", state), state, 3, QUICK)
+    assert any("train" in path.parts for path in opened)
+    assert not [path for path in opened if "test" in path.relative_to(path.anchor).parts[-3:-1]]
+
+
+def test_runs_without_images_have_accuracies_alone(tmp_path: Path) -> None:
+    fabricate_run(tmp_path, method="finetune")
+    build_study(tmp_path / "runs", tmp_path / "out", tmp_path / "state", 3)
+    text = (tmp_path / "out" / "study.md").read_text()
+    assert "| digits | finetune | 1 | 66.7 | 50.0 |" in text
+    assert "(a)" not in text
+
+
+def test_no_runs_is_said_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no run; start one with" in " ".join(capsys.readouterr().err.split())
