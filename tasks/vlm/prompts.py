@@ -60,16 +60,23 @@ def rewrite(caption_augmented: str, caption_original: str, prompt: str) -> tuple
 
 # ---------------------------------------------------------------------------------------- YES or NO
 
-_THINKING = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_THINKING = re.compile(
+    r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE
+)  # or cut off within
 _LABEL = re.compile(r"^(?:the\s+)?(?:final\s+)?answer\s*(?:is)?\s*:\s*", re.IGNORECASE)
 _MARKS = " \t\r\n*_`\"'“”‘’#>()[]"
 _TAG = re.compile(r"</?\w+>")
-_LOUD = re.compile(r"(YES|NO)(?=\W|$)(?!-\w|/)")
-_QUIET = re.compile(r"(yes|no)(?=$|[.!,;:)\]\"'*`”’]|\s*\n|\s+[-–—]\s|[–—])", re.IGNORECASE)
+_END = r"""(?!\.\s*\d)(?=\s*$|\s*\n|[.!,;:)\]"'*_`”’–—]|\s+(?:[-–—]\s|\()"""  # but not "No. 1"
+_QUIET = re.compile(rf"(yes|no){_END})", re.IGNORECASE)
+_LOUD = re.compile(rf"(YES|NO){_END}|\s+(?i:because|since|as|the|they|both)\b)")
 _REFUSAL = re.compile(
-    r"\b(?:sorry|I\s+(?:can(?:not|['’]t)|am unable)|I['’]m (?:sorry|unable)|I am sorry|as an AI|unable to)\b",
+    r"\b(?:sorry|I\s+can(?:not|['’]t)|I(?: a|['’])m (?:sorry|unable|not able)|as an AI|unable to|not able to|"
+    r"(?:im|not )possible to|no (?:images?|pictures?)|"
+    r"(?:can(?:not|['’]t)|could(?: not|n['’]t)) (?:determine|tell|say|see|view|compare)|"
+    r"I (?:do not|don['’]t) (?:see|have))\b",
     re.IGNORECASE,
 )
+_AGAINST = {"YES": "not semantically similar", "NO": "are semantically similar"}
 
 
 def bare(text: str) -> str:
@@ -86,10 +93,10 @@ def declines(text: str) -> bool:
 def parse_answer(text: str) -> Answer:
     """YES is similar, NO is different, anything that does not plainly begin with one of them is unparsed.
 
-    Markup, quotes, a label such as "Answer:" and a reasoning block are looked through. Words may follow a
-    capital YES or NO ("NO because..."), or any yes or no that punctuation ends ("No, the first is..."), so
-    "No doubt they are alike" is not taken for a NO. A reply with both answers, or one that declines, is
-    unparsed.
+    Markup, quotes, a label such as "Answer:" and a reasoning block are looked through. Punctuation or the end
+    must follow the yes or no, or, if it is in capitals, a clause that explains it ("NO because..."): so neither
+    "No doubt they are alike" nor "NO DIFFERENCE" is taken for a NO. A reply with both answers, one that states
+    the opposite of what it answers, or one that declines, is unparsed.
     """
     reply = bare(text)
     found = _LOUD.match(reply) or _QUIET.match(reply)
@@ -97,14 +104,16 @@ def parse_answer(text: str) -> Answer:
         return "unparsed"
     rest = reply[found.end() :]
     said = found.group(1).upper()
-    if _contradicts(rest, "NO" if said == "YES" else "YES") or declines(rest):
+    if _contradicts(rest, said) or declines(rest):
         return "unparsed"
     return "similar" if said == "YES" else "different"
 
 
-def _contradicts(rest: str, other: str) -> bool:
+def _contradicts(rest: str, said: str) -> bool:
+    other = "NO" if said == "YES" else "YES"
     next_words = [word.upper() for word in re.findall(r"\w+", rest)[:2]]
-    return other in next_words or re.search(rf"\b{other}\b", rest) is not None
+    both = other in next_words or re.search(rf"\b{other}\b", rest) is not None
+    return both or _AGAINST[said] in " ".join(rest.lower().split())
 
 
 # ---------------------------------------------------------------------------------------- prompts
