@@ -48,6 +48,10 @@ digits-seeds: data ## the same three methods over five seeds: make digits-seeds 
 report: $(STAMP) ## tables, curves and the gallery page from runs/ into reports/
 	@$(BIN)/fscil report
 
+.PHONY: study
+study: $(STAMP) ## measure what the method does on the runs in runs/; reports/study.md and plots
+	@$(BIN)/fscil study
+
 .PHONY: ui
 ui: $(STAMP) ## the MLflow UI on http://127.0.0.1:5000
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db \

@@ -28,7 +28,7 @@ from flows.study_plots import draw_study
 from flows.windows import WindowsMeasure, measure_windows
 from tasks.context import EpochContext
 from tasks.loading import generator_digest
-from tasks.records import ArtifactRef, Digest, EpochRecord, StageRecord
+from tasks.records import ArtifactRef, Digest, EpochRecord, Frozen, StageRecord
 from tasks.store import Store, StoreError, write_atomic, write_json
 
 Kind = Literal["png", "svg"]
@@ -78,33 +78,24 @@ def measure(runs: Sequence[Run], state: Path, examples: int, overrides: Sequence
     windows: dict[str, WindowsMeasure] = {}
     skipped: list[str] = []
     for run in tqdm(runs, desc="study", unit="run", disable=None, leave=False):
-        for context, record, config in _epochs(run, state):
-            place = Place(
-                dataset=run.dataset,
-                method=run.method,
-                seed=run.seed,
-                session=record.session,
-                epoch=record.epoch,
+        epochs = list(_epochs(run, state))
+        if not epochs:
+            continue
+        readable, current = knows(epochs[0].context.class_names), all(_is_current(one) for one in epochs)
+        if not readable:
+            skipped.append(f"{run.dataset}: (a) and (c), since the miniature cannot read its classes")
+        if not current:
+            skipped.append(
+                f"{epochs[0].context.run}: (b) and (e), since its generator's weights are not there any more"
             )
-            if not knows(context.class_names):
-                skipped.append(f"{run.dataset}: (a) and (c), since the miniature cannot read its classes")
-            else:
-                sets.append(SetRow(place=place, found=set_measure(context)))
-                real[run.dataset, record.session] = RealRow(
-                    dataset=run.dataset, session=record.session, found=real_measure(context)
-                )
-            if not _same_generator(record, config):
-                skipped.append(
-                    f"{context.run}: (b) and (e), since the generator's weights are no longer its own"
-                )
-                continue
-            if record.tune is not None and record.tune.output.adapter is not None:
-                found = tuning_measure(context, record, record.tune, config.generator, examples)
-                tunings.append(TuningRow(place=place, found=found))
-            if run.dataset not in windows:
-                windows[run.dataset] = measure_windows(
-                    _windows_of(config, knows(context.class_names), overrides)
-                )
+        for one in epochs if readable else ():
+            sets.append(SetRow(place=one.place, found=set_measure(one.context)))
+            session = one.place.session
+            measured = real_measure(one.context)
+            real[run.dataset, session] = RealRow(dataset=run.dataset, session=session, found=measured)
+        tunings += [row for one in epochs if current and (row := _tuning(one, examples))]
+        if current and run.dataset not in windows:
+            windows[run.dataset] = measure_windows(_windows_of(epochs[0].config, readable, overrides))
     return Study(
         sets=tuple(sets),
         tunings=tuple(tunings),
@@ -114,14 +105,32 @@ def measure(runs: Sequence[Run], state: Path, examples: int, overrides: Sequence
     )
 
 
-def _epochs(run: Run, state: Path) -> Iterator[tuple[EpochContext, EpochRecord, ExperimentConfig]]:
-    """The run's sealed epochs that began with a generated set, as their stages saw them."""
+class Epoch(Frozen):
+    """A sealed epoch that began with a generated set, as its stages saw it."""
+
+    place: Place
+    context: EpochContext
+    record: EpochRecord
+    config: ExperimentConfig
+
+
+def _tuning(epoch: Epoch, examples: int) -> TuningRow | None:
+    """(b) of an epoch; None if it tuned nothing."""
+    tuned = epoch.record.tune
+    if tuned is None or tuned.output.adapter is None:
+        return None
+    found = tuning_measure(epoch.context, epoch.record, tuned, epoch.config.generator, examples)
+    return TuningRow(place=epoch.place, found=found)
+
+
+def _epochs(run: Run, state: Path) -> Iterator[Epoch]:
     for file in sorted(run.folder.glob("session-*/epoch-*/record.json")):
         record = EpochRecord.model_validate_json(file.read_text("utf-8"))
         if record.start.augmentation is None:
             continue
         config = stored_config(run.folder)
         runtime = config.runtime.model_copy(update={"state": state})
+        config = config.model_copy(update={"runtime": runtime})
         session_ref, class_names = _session_of(Store(state), record.evaluate.inputs["session"], file)
         context = EpochContext(
             run=record.run,
@@ -135,7 +144,10 @@ def _epochs(run: Run, state: Path) -> Iterator[tuple[EpochContext, EpochRecord, 
             dataset=config.dataset,
             runtime=runtime,
         )
-        yield context, record, config.model_copy(update={"runtime": runtime})
+        place = Place(
+            dataset=run.dataset, method=run.method, seed=run.seed, session=record.session, epoch=record.epoch
+        )
+        yield Epoch(place=place, context=context, record=record, config=config)
 
 
 def _session_of(store: Store, wanted: Digest | None, asked_by: Path) -> tuple[ArtifactRef, tuple[str, ...]]:
@@ -151,9 +163,13 @@ def _session_of(store: Store, wanted: Digest | None, asked_by: Path) -> tuple[Ar
     )
 
 
-def _same_generator(record: EpochRecord, config: ExperimentConfig) -> bool:
-    """Whether the epoch's tuning, if it had one, saw the base weights that are there now."""
-    return record.tune is None or record.tune.inputs["generator"] == generator_digest(config.generator)
+def _is_current(epoch: Epoch) -> bool:
+    """Whether the base weights that the epoch tuned and drew with are those that are there now."""
+    saw = [stage.inputs["generator"] for stage in (epoch.record.tune, epoch.record.regenerate) if stage]
+    try:
+        return all(digest == generator_digest(epoch.config.generator) for digest in saw)
+    except ValueError:
+        return False
 
 
 def _windows_of(config: ExperimentConfig, readable: bool, overrides: Sequence[str]) -> WindowsConfig:

@@ -64,8 +64,9 @@ def test_a_picture_that_changes_at_step_three_is_settled_at_three() -> None:
 def test_a_blend_is_nearer_to_what_it_has_more_of() -> None:
     rng = torch.Generator().manual_seed(1)
     a, b = torch.rand(2, 1, 3, 16, 16, generator=rng)
-    near = nearness(torch.stack([b, 0.7 * b + 0.3 * a, 0.5 * a + 0.5 * b, 0.3 * b + 0.7 * a, a])).squeeze(1)
-    assert near.tolist() == sorted(near.tolist())
+    blends = torch.stack([b, 0.7 * b + 0.3 * a, 0.5 * a + 0.5 * b, 0.3 * b + 0.7 * a, a])
+    near = nearness(blends).squeeze(1).tolist()
+    assert near == sorted(near)
     assert near[2] == pytest.approx(0.5, abs=0.05)
     assert near[1] == pytest.approx(1 - near[3], abs=0.05)
 
