@@ -23,6 +23,7 @@ TOLERANCE = 1e-3
 """How far outside [0, 1] a value may lie before it is refused as another range."""
 
 _TILE_PAIRS = 1 << 16  # four float32 matrices of so many pairs stay in a core's cache of 1 to 2 MB
+_ROW_CHUNK = 64  # images that a row is compared with at once, for the same reason
 _PIXEL_BYTES = 64  # of scratch for each pixel of a tile's images: statistics in float64 and copies
 
 
@@ -77,12 +78,18 @@ class SsimRows:
     def row(self, i: int) -> Float[Tensor, " n"]:
         """SSIM of image ``i`` with every image, [n] in [-1, 1]; exactly 1 with itself."""
         if i not in self._rows:
-            cov = _smooth(self._shifted[i] * self._shifted) - self._mean[i] * self._mean
-            local = _combine(self._mean[i] + 0.5, self._mean + 0.5, self._var[i], self._var, cov)
-            row = local.mean(dim=(1, 2, 3))
+            starts = range(0, len(self), _ROW_CHUNK)
+            row = torch.cat([self._part(i, slice(start, start + _ROW_CHUNK)) for start in starts])
             row[i] = 1.0
             self._rows[i] = row
         return self._rows[i]
+
+    def _part(self, i: int, part: slice) -> Float[Tensor, " m"]:
+        """SSIM of image ``i`` with some of the images."""
+        mean, var = self._mean[part], self._var[part]
+        cov = _smooth(self._shifted[i] * self._shifted[part]) - self._mean[i] * mean
+        local = _combine(self._mean[i] + 0.5, mean + 0.5, self._var[i], var, cov)
+        return local.mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -153,7 +160,7 @@ class _PixelMajor:
         mean = _smooth(exact)
         self.mean = mean.permute(1, 2, 0).float().contiguous()
         self.var = (_smooth(exact.square_()) - mean.square_()).permute(1, 2, 0).float().contiguous()
-        self._pixels = images.permute(1, 2, 0).float()
+        self._pixels = images.permute(1, 2, 0).float().contiguous()
 
     def band(self, row: int) -> Float[Tensor, "w11 n"]:
         """The 11 image rows under one row of windows, column after column: each window is one slice."""
