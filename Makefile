@@ -65,6 +65,11 @@ test: data ## the test suite
 test-slow: data ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow
 
+.PHONY: bench
+bench: data ## speed and memory against what people use today, into reports/bench.md
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(BIN)/python -m tests.benchmarks
+
 .PHONY: check
 check: $(STAMP) ## ruff, the type checker and the import contracts
 	@$(BIN)/ruff check .
