@@ -1,6 +1,7 @@
 """All pairs of 256 x 256 images at 64 px grey: against scikit-image's loop, batches of pytorch-msssim, the machine.
 
-The others are timed on a part of the pairs, since each of theirs costs the same; the difference is that to scikit-image (pytorch-msssim, in float32 alone, is off by up to 6e-5).
+The others are timed on a part of the pairs, since each of theirs costs the same. The difference shown is that to
+scikit-image; pytorch-msssim computes in float32 alone and is off by up to 6e-5.
 The limit is the time of the cross terms alone, 121 multiply-adds for each pair and window position, at the rate
 of torch's own large matrix product in the same run: no exact method that forms each window's covariance as a
 product of windows can take less.
