@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from tasks.loading import MINIATURE_CAPTIONER
 from tasks.miniature.architecture import Judge
@@ -52,10 +53,15 @@ def judged(folder: Path, images: Float[Tensor, "n 3 32 32"], what: str) -> list[
 
 
 def features(images: Float[Tensor, "n 3 32 32"]) -> Float[Tensor, "n 96"]:
-    """The judge's last features before its answers."""
+    """The judge's last features before its answers, each image's scaled to a mean square of 1.
+
+    So the kernel of :func:`tasks.similarity.mmd.polynomial_mmd` is (cosine + 1)^3, between 0 and 8, and no single
+    image with large features outweighs the others.
+    """
     judge = _judge(JUDGE)
     with torch.no_grad():
-        return torch.cat([judge.body(part * 2 - 1) for part in images.split(BATCH)])
+        found = torch.cat([judge.body(part * 2 - 1) for part in images.split(BATCH)])
+    return functional.normalize(found) * found.shape[1] ** 0.5
 
 
 def named(prompts: Sequence[str], what: str) -> list[str] | None:

@@ -157,7 +157,8 @@ def _sets(study: Study, dataset: str) -> list[str]:
         "Of the images generated for a session's new classes: the share in which the captioner reads the value that "
         "it reads most often in the class's real training and validation images, and the share read as the class "
         "itself. Distance: unbiased squared MMD with KID's kernel to the class's real images, mean over classes, in "
-        "features of the judge, a network that no stage asks; real images: training against validation images."
+        "features of the judge, a network that no stage asks, scaled to one length (0: the same, 14: as far as can "
+        "be); real images: training against validation images."
     )
     return [f"## (a), (c) {dataset}: what the generated images look like", _markdown(headings, cells), note]
 

@@ -49,9 +49,10 @@ def settling_panel(axes: Axes, measure: "WindowsMeasure", *, read: bool) -> None
     axes.set_xlabel(f"prompt swapped after step k of {measure.steps}")
     axes.set_ylabel("share of images, %")
     axes.set_ylim(-3, 103)
+    axes.set_xlim(-0.5, measure.steps + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", fontsize="small")
+        axes.legend(loc="lower right", fontsize="small")
 
 
 def draw_study(
@@ -110,7 +111,7 @@ def _lines(axes: Axes, lines: Mapping[str, Points]) -> None:
             axes.errorbar(
                 [at[place] for place in mine],
                 [line[place][0] for place in mine],
-                yerr=[line[place][1] for place in mine],
+                yerr=[line[place][1] for place in mine] if any(line[place][1] for place in mine) else None,
                 color=COLOURS[n % len(COLOURS)],
                 marker="o",
                 markersize=4,
@@ -132,13 +133,13 @@ def _bars(axes: Axes, contrast: Bars) -> None:
             [n + 0.4 * offset - 0.2 for n in range(len(pair))],
             [statistic.mean for statistic in pair],
             0.4,
-            yerr=[statistic.std or 0.0 for statistic in pair],
+            yerr=[statistic.std or 0.0 for statistic in pair] if any(s.std for s in pair) else None,
             color=colour,
             capsize=2,
             label=name,
         )
     axes.axhline(0, color="#7f7f7f", linewidth=0.8)
-    axes.set_xticks(range(len(labels)), labels, fontsize="small")
+    axes.set_xticks(range(len(labels)), labels, fontsize="small" if len(labels) < 5 else "x-small")
     axes.set_title("SSIM to the positive minus to the negatives")
     if contrast:
         axes.legend(title="tuning", fontsize="small")

@@ -1,6 +1,5 @@
 """What the study measures against answers worked out by hand, and the study of one small experiment."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,12 +8,14 @@ import torch
 
 from flows.__main__ import main
 from flows.measures import ContrastChange, SetMeasure, TuningMeasure, class_distance, contrast, matching
+from flows.reading import features
 from flows.report import collect
 from flows.study import build_study, measure
 from flows.study_page import Place, SetRow, Study, TuningRow, changes, lines, page
 from tasks.diffusion.tuning import TuningExample
 from tasks.miniature.reader import Reading
-from tasks.records import EpochRecord
+from tasks.records import AugmentedImage, EpochRecord, Session
+from tasks.store import read_lines
 from tests.conftest import Place as Finished
 from tests.helpers import fabricate_run
 
@@ -53,6 +54,13 @@ def test_the_distance_is_taken_class_by_class() -> None:
     assert class_distance({0: zeros, 1: ones}, {0: zeros, 1: ones}) == 0
     assert class_distance({0: zeros, 1: ones[:1]}, {0: ones, 1: zeros}) == pytest.approx(7)
     assert class_distance({0: zeros}, {1: ones}) is None
+
+
+def test_no_image_outweighs_the_others_by_the_size_of_its_features() -> None:
+    flat = torch.linspace(0, 1, 3)[:, None, None, None].expand(3, 3, 32, 32)
+    seen = features(flat)
+    assert seen.square().mean(1).tolist() == pytest.approx([1, 1, 1], abs=1e-4)
+    assert not torch.allclose(seen[0], seen[2], atol=0.01)
 
 
 def test_contrast_is_the_mean_over_images_and_over_their_own_negatives() -> None:
@@ -158,14 +166,27 @@ def test_only_images_of_new_classes_count_and_real_images_are_train_and_validati
     finished: Finished, studied: Path
 ) -> None:
     study = Study.model_validate_json((studied / "study.json").read_text())
-    base, later = (next(r for r in study.sets if r.place.session == s).found for s in (0, 1))
-    split = json.loads(
-        next((finished.root / "state/stages/split").glob("*/session-00-train.json")).read_text()
-    )
-    assert base.images == max(len(split["train"]), 6 * 3)
-    assert study.real[0].found.images == len(split["train"]) + len(split["val"])
-    assert later.images == 2 * 5
-    assert study.real[1].found.images == 2 * 5
+    for row in study.sets:
+        folder = finished.run("guided") / f"session-{row.place.session:02d}" / f"epoch-{row.place.epoch:03d}"
+        record = EpochRecord.model_validate_json((folder / "record.json").read_text())
+        session = Session.model_validate_json(
+            next(
+                file.read_text()
+                for file in (finished.root / "state/stages/split").glob(
+                    f"*/session-{record.session:02d}-train.json"
+                )
+            )
+        )
+        drawn = read_lines(
+            finished.root / "state/stages" / record.start.augmentation.manifest.path, AugmentedImage
+        )
+        new = [image for image in drawn if image.label in session.new_classes]
+        assert row.found.images == len(new) > 0
+        assert len(drawn) > len(new) or record.session == 0
+        measured = next(real for real in study.real if real.session == record.session).found
+        assert measured.images == len(
+            [i for i in session.train + session.val if i.label in session.new_classes]
+        )
 
 
 def test_the_page_and_the_plots_are_there(studied: Path) -> None:
