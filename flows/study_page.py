@@ -55,7 +55,8 @@ class Study(Frozen):
     @property
     def datasets(self) -> list[str]:
         """The datasets that anything was measured of."""
-        return list(dict.fromkeys(row.place.dataset for row in (*self.sets, *self.tunings)))
+        places = [row.place for row in self.sets] + [row.place for row in self.tunings]
+        return list(dict.fromkeys(place.dataset for place in places))
 
 
 # ------------------------------------------------------------------------------------------ averages
@@ -134,7 +135,7 @@ def page(study: Study, rows: Sequence[Row]) -> str:
 def _sets(study: Study, dataset: str) -> list[str]:
     names = (*LOOKS, "all", "category")
     headings = ("method", "session.epoch", "seeds", *LOOKS, "all four", "category", "distance")
-    by_name = {name: lines(study.sets, dataset, lambda one, n=name: one.shares[n]) for name in names}
+    by_name = {name: lines(study.sets, dataset, _share_of(name)) for name in names}
     distance = lines(study.sets, dataset, lambda one: one.distance)
     cells = [
         (
@@ -161,6 +162,10 @@ def _sets(study: Study, dataset: str) -> list[str]:
         "be); real images: training against validation images."
     )
     return [f"## (a), (c) {dataset}: what the generated images look like", _markdown(headings, cells), note]
+
+
+def _share_of(name: str) -> Callable[[SetMeasure], float]:
+    return lambda one: one.shares[name]
 
 
 def _tunings(study: Study, dataset: str) -> list[str]:
