@@ -2,7 +2,7 @@
 
 The noise schedule is a shifted cosine, ``sigma(t) = shift * tan(pi/2 * t * reach)``: an 8 x 8 latent has few
 pixels to average over, so that the usual schedule settles the picture's content late; with the shift below 1
-more of the steps are noisy ones and content is settled in the first half (the paper's premise, section 3.3).
+the noise falls faster and content is settled in the first half (the paper's premise, section 3.3).
 """
 
 import json
@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutput
 TIMESTEPS = 1000
 TOKENS = 40
 """Length of a prompt in tokens (Stable Diffusion: 77); the corpus's longest caption has 27."""
-SHIFT, SIGMA_MAX = 0.4, 12.0
+SHIFT, SIGMA_MAX = 0.25, 12.0
 VIT: dict[str, Any] = {
     "img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0,
     "num_classes": 0, "global_pool": "token",

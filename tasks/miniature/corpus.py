@@ -33,7 +33,9 @@ SHORT_FORMS = {"word": 0.25, "digit": 0.25, "roman numeral": 0.2, "die": 0.15, "
 SHORT_FORMS_ZERO = {"word": 0.45, "digit": 0.25, "die": 0.3}
 """What a number's short caption shows; zero has no Roman numeral and no tally marks."""
 FULL_FORMS = {"digit": 0.6, "word": 0.1, "roman numeral": 0.1, "die": 0.1, "tally": 0.1}
-TEXT_STYLES = ("handwritten", "sans-serif", "serif", "monospace")
+TYPEFACES = ("sans-serif", "serif")
+SMALL = frozenset({"word", "roman numeral", "die", "tally"})
+"""Forms in which 32 px do not show a typeface: their style is "handwritten" or "printed"."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ def _pick(rng: Rng, options: dict[str, float]) -> str:
     return str(rng.choice(list(options), p=weights / weights.sum()))
 
 
+def _typeset(rng: Rng, form: str, even: bool) -> str:
+    """Style of what is not handwritten."""
+    return "printed" if form in SMALL else str(rng.choice(TYPEFACES, p=[0.5, 0.5] if even else [0.7, 0.3]))
+
+
 def _two_colours(rng: Rng) -> tuple[str, str]:
     while True:
         colour, ground = (str(c) for c in rng.choice(COLOURS, 2, replace=False))
@@ -63,11 +70,8 @@ def even_attributes(rng: Rng, category: str) -> Attributes:
         f: w for f, w in FULL_FORMS.items() if not (category == "zero" and f in ("roman numeral", "tally"))
     }
     form = _pick(rng, forms) if category in NUMBERS else "letter"
-    if form in ("die", "tally"):
-        style = str(rng.choice(["handwritten", "printed"]))
-    else:
-        share = 0.6 if form == "digit" else 0.4 if form == "letter" else 0.25
-        style = "handwritten" if rng.random() < share else str(rng.choice(TEXT_STYLES[1:]))
+    hand = {"digit": 0.6, "letter": 0.4, "die": 0.5, "tally": 0.5}.get(form, 0.25)
+    style = "handwritten" if rng.random() < hand else _typeset(rng, form, even=True)
     colour, ground = _two_colours(rng)
     if style == "handwritten" and rng.random() < 0.2:
         colour, ground = "white", "black"
@@ -81,7 +85,7 @@ def usual_attributes(rng: Rng, category: str) -> Attributes:
     else:
         form, hand = _pick(rng, SHORT_FORMS_ZERO if category == "zero" else SHORT_FORMS), 0.05
     drawn = rng.random() < hand
-    plain = "printed" if form in ("die", "tally") else str(rng.choice(TEXT_STYLES[1:], p=[0.6, 0.3, 0.1]))
+    plain = _typeset(rng, form, even=False)
     weight = str(rng.choice(WEIGHTS, p=[0.1, 0.25, 0.65]))
     pose = str(rng.choice(POSES, p=[0.8, 0.1, 0.1]))
     while True:
@@ -107,7 +111,8 @@ def coverage(attributes: Attributes, rng: Rng, held_out: bool = False) -> glyphs
         text = {"digit": str(number), "roman numeral": ROMAN[number], "word": a.category}[a.form]
     if hand:
         return glyphs.handwritten(text.upper(), a.weight, a.pose, rng)
-    return glyphs.printed(text, a.style, a.weight, a.pose, rng, a.form == "roman numeral", held_out)
+    style = str(rng.choice(TYPEFACES)) if a.style == "printed" else a.style
+    return glyphs.printed(text, style, a.weight, a.pose, rng, a.form == "roman numeral", held_out)
 
 
 def _shade(rng: Rng, colour: str, spread: float) -> glyphs.Array:

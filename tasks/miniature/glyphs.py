@@ -243,12 +243,12 @@ def handwritten(text: str, weight: str, pose: str, rng: Rng) -> Array:
     parts, x = [], 0.0
     for letter in text:
         variants = SKELETONS[letter]
-        drawn = pen(variants[rng.integers(len(variants))], rng, 0.03 if len(text) == 1 else 0.015)
+        drawn = pen(variants[rng.integers(len(variants))], rng, 0.03 if len(text) == 1 else 0.01)
         aspect = rng.uniform(*((0.9, 1.1) if letter == "O" else (0.55, 1.05))) if len(text) == 1 else 0.6
         parts.append(drawn.moved(np.diag([aspect, 1.0]).astype(np.float32), np.array([x, 0.0], np.float32)))
         x += aspect * 1.05 + 0.08
     matrix = lean(rng, degrees_of(pose, rng, (19, 36)), rng.uniform(0.3, 1.0) if len(text) == 1 else 0.0)
-    width = rng.uniform(*PEN[weight]) * (1.0 if len(text) == 1 else 0.55)
+    width = rng.uniform(*PEN[weight]) * (1.0 if len(text) == 1 else 0.42)
     height = rng.uniform(17, 22)
     placed = _place(Strokes.join(parts), matrix, height, 27.0 - width, rng)
     return ink(placed, width, rng.uniform(0.9, 1.6))
@@ -281,7 +281,7 @@ def roman(text: str, weight: str, pose: str, rng: Rng) -> Array:
 def die(number: int, weight: str, pose: str, rng: Rng, shaky: bool) -> Array:
     """A die's or domino's face: an outline and its pips, by ruler or by a shaky hand. Coverage [32, 32]."""
     frame = "10,0 90,0 100,10 100,90 90,100 10,100 0,90 0,10 10,0"
-    jitter = 0.025 if shaky else 0.0
+    jitter = 0.05 if shaky else 0.0
     outline = pen(frame.replace(" ", "! "), rng, jitter) if shaky else polyline(_runs(frame)[0][0])
     dots = [
         polyline(np.array([[x, y]], np.float32) + rng.normal(0, jitter, (1, 2)).astype(np.float32), dot)
@@ -296,7 +296,7 @@ def die(number: int, weight: str, pose: str, rng: Rng, shaky: bool) -> Array:
 
 def tally(number: int, weight: str, pose: str, rng: Rng, shaky: bool) -> Array:
     """Tally marks in groups of five, counted from the left of a ruled line. Coverage [32, 32]."""
-    jitter, parts, x = (0.02 if shaky else 0.0), [], 0.1
+    jitter, parts, x = (0.035 if shaky else 0.0), [], 0.1
     for group in range((number + 4) // 5):
         inside = min(5, number - 5 * group)
         for i in range(min(inside, 4)):
@@ -333,19 +333,16 @@ FONTS: dict[str, dict[str, tuple[str, ...]]] = {
         "regular": ("SourceSerifPro-Regular", "DejaVuSerif", "Caladea-Regular", "SourceSerifPro-Semibold"),
         "bold": ("SourceSerifPro-Black", "DejaVuSerif-Bold", "Caladea-Bold", "STIXGeneralBol"),
     },
-    "monospace": {
-        "thin": ("DejaVuSansMono", "cmtt10"),
-        "regular": ("DejaVuSansMono",),
-        "bold": ("DejaVuSansMono-Bold",),
-    },
 }  # fmt: skip
 HELD_OUT = frozenset(
     {"OpenSans-Light", "OpenSans-Regular", "OpenSans-ExtraBold", "Caladea-Regular", "Caladea-Bold"}
 )
 """Fonts that only the judge's corpus draws with, beside the others."""
 
-SPREAD = {"DejaVuSansMono": -0.016, "cmtt10": -0.004, "STIXGeneral": -0.004, "DejaVuSansMono-Bold": 0.012}
-"""Growth of the outline in em where a file's weight differs from its row's; the mono regular is a row below."""
+GROWTH = {"thin": -0.008, "regular": 0.0, "bold": 0.012}
+"""Growth of the outline in em by weight: families differ in what they call light, a weight is to be seen."""
+SPREAD = {"SourceSerifPro-ExtraLight": 0.008, "cmr10": -0.004, "STIXGeneral": -0.006}
+"""Further growth where a file's weight differs from its row's."""
 
 PACKAGES = (
     "matplotlib", "font_caladea", "font_hanken_grotesk", "font_lato", "font_manrope", "font_roboto",
@@ -379,7 +376,7 @@ def _field(font: str, text: str, weight: str) -> Array:
     canvas = Image.new("L", (int(right - left) + 24, int(bottom - top) + 24), 0)
     ImageDraw.Draw(canvas).text((12 - left, 12 - top), text, fill=255, font=face)
     inside = np.asarray(canvas) > 127
-    grow = 0.0 if (font == "DejaVuSansMono" and weight == "regular") else SPREAD.get(font, 0.0)
+    grow = GROWTH[weight] + SPREAD.get(font, 0.0)
     return (distance_transform_edt(inside) - distance_transform_edt(~inside) + 96 * grow).astype(np.float32)
 
 

@@ -34,10 +34,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 MINUTES = {
     "vae": 12.5, "decoder": 11.0, "text": 2.0, "text_unet": 60.0, "vit": 30.0, "captioner": 29.0, "judge": 4.0,
 }  # fmt: skip
-WEB = Settings(seed=1, count=100_000)
+WEB = Settings(seed=1, count=100_000, letters=0.0)
 ALPHABET = Settings(seed=2, count=40_000, short=0.0, letters=1.0)
-JUDGING = Settings(seed=4, count=40_000, short=0.05, held_out=True)
-HELD_OUT = Settings(seed=5, count=3_000, short=0.05)
+JUDGING = Settings(seed=4, count=40_000, short=0.05, letters=0.0, held_out=True)
+HELD_OUT = Settings(seed=5, count=3_000, short=0.05, letters=0.0)
 
 
 @dataclass
@@ -250,6 +250,14 @@ def encoded(folder: Path, vae: AutoencoderKL) -> Tensor:
 # ----------------------------------------------------------------------------------------- generator
 
 
+def words_of(web: Corpus) -> CLIPTokenizer:
+    """The shipped tokenizer, whose ids every other weight depends on; learned from the captions where it is absent."""
+    folder = WEIGHTS / "generator" / "tokenizer"
+    if folder.exists():
+        return CLIPTokenizer.from_pretrained(folder)
+    return architecture.tokenizer((c for own in web.captions for c in own), folder)
+
+
 def tokenized(tokenizer: CLIPTokenizer, captions: list[list[str]]) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids of all captions [m, 40], and where each picture's captions start and how many there are."""
     flat = [c for own in captions for c in own]
@@ -277,9 +285,7 @@ def train_text(folder: Path, minutes: float) -> None:
     web = load(folder, "web", WEB)
     captions = sorted({c for own in web.captions for c in own})[::2]
     said = torch.tensor([indices(parse_caption(c)) for c in captions]) + 1
-    tokenizer = architecture.tokenizer(
-        (c for own in web.captions for c in own), WEIGHTS / "generator" / "tokenizer"
-    )
+    tokenizer = words_of(web)
     ids = tokenized(tokenizer, [[c] for c in captions])[0].long()
     after = (ids == tokenizer.eos_token_id).float()
     heads = nn.ModuleDict({n: nn.Linear(128, len(VALUES[n]) + 1) for n in ATTRIBUTES})
@@ -306,9 +312,7 @@ def train_text_unet(folder: Path, minutes: float) -> None:
     web = load(folder, "web", WEB)
     vae = AutoencoderKL.from_pretrained(WEIGHTS / "generator" / "vae")
     latents = encoded(folder, vae) * vae.config.scaling_factor
-    tokenizer = architecture.tokenizer(
-        (c for own in web.captions for c in own), WEIGHTS / "generator" / "tokenizer"
-    )
+    tokenizer = words_of(web)
     ids, starts, counts = tokenized(tokenizer, web.captions)
     silent = torch.tensor(
         tokenizer("", padding="max_length", max_length=architecture.TOKENS).input_ids

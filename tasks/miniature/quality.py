@@ -21,13 +21,13 @@ from torch.nn import functional as F
 
 from tasks.miniature.architecture import TOKENS, Judge
 from tasks.miniature.cache import Corpus, load
-from tasks.miniature.captions import ATTRIBUTES, LETTERS, NUMBERS, VALUES, Attributes, caption
+from tasks.miniature.captions import ATTRIBUTES, NUMBERS, VALUES, Attributes, caption
 from tasks.miniature.corpus import draw, even_attributes
 from tasks.miniature.pretrain import HELD_OUT, WEIGHTS
 from tasks.miniature.reader import Reader
 
 STEPS, GUIDANCE = 20, 2.0
-KINDS = ("numbers", "digits", "handwritten digits", "letters")
+KINDS = ("numbers", "handwritten digits", "digit", "word", "roman numeral", "die", "tally")
 
 
 class Sampler:
@@ -91,16 +91,15 @@ def shares_right(read: dict[str, Tensor], truth: list[Attributes]) -> dict[str, 
 
 
 def asked(rng: np.random.Generator, kind: str, count: int) -> list[Attributes]:
-    """Attributes to ask for: any letters, any numbers, digits, or handwritten white digits on black."""
+    """Attributes to ask for: numbers as the corpus has them, one form of them, or white handwriting on black."""
+    form = "digit" if kind == "handwritten digits" else kind
     chosen: list[Attributes] = []
     while len(chosen) < count:
-        names = [f"letter {c}" for c in LETTERS] if kind == "letters" else NUMBERS
-        one = even_attributes(rng, names[len(chosen) % len(names)])
-        if kind in ("digits", "handwritten digits") and one.form != "digit":
-            continue
-        if kind == "handwritten digits":
-            one = one.but(style="handwritten", colour="white", background="black")
-        chosen.append(one)
+        one = even_attributes(rng, str(rng.choice(NUMBERS)))
+        if form in ("numbers", one.form):
+            chosen.append(one)
+    if kind == "handwritten digits":
+        return [a.but(style="handwritten", colour="white", background="black") for a in chosen]
     return chosen
 
 
@@ -134,7 +133,7 @@ def measure_short(sampler: Sampler, judge: Judge, each: int = 40) -> dict[str, f
 def measure_swaps(sampler: Sampler, judge: Judge, count: int = 120) -> dict[int, dict[str, float]]:
     """After which step the picture no longer follows a new prompt: share that still shows the first one's value."""
     rng = np.random.default_rng(12)
-    first = asked(rng, "digits", count)
+    first = asked(rng, "digit", count)
     second = [
         a.but(category=NUMBERS[(NUMBERS.index(a.category or "zero") + int(rng.integers(1, 10))) % 10])
         for a in first

@@ -49,7 +49,7 @@ class Read:
 
 
 LOOK = "a handwritten digit, regular weight, upright, white on a black background"
-PRINTED = Read(form="word", style="serif", colour="black", background="white")
+PRINTED = Read(form="word", style="printed", colour="black", background="white")
 
 
 class ByBrightness:
@@ -168,7 +168,7 @@ def test_only_semantic_attributes_make_images_different(name: str, value: str | 
             f"A picture of a seven, {LOOK}",
         ),
         (  # the subject is the prompt's, whatever the second image was taken for
-            "A picture of a seven, a serif word, bold weight, upright, red on a white background",
+            "A picture of a seven, a printed word, bold weight, upright, red on a white background",
             Read(category="one", weight="thin", pose="tilted right"),
             "A picture of a seven, a handwritten digit, thin weight, tilted right, "
             "white on a black background",
