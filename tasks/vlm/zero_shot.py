@@ -7,7 +7,6 @@ or hedges is unparsed, which is no class and counts as wrong ("it may not give a
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,15 +86,17 @@ def refuse_alike(names: Sequence[str]) -> None:
     """
     if not names:
         raise ValueError("there is no class to name; a session has at least one")
-    counts = Counter(_words(name) for name in names)
-    if () in counts:
-        raise ValueError(f"a class has no readable name in {list(names)}; give it one in dataset.class_names")
-    twice = [name for name in names if counts[_words(name)] > 1]
-    if twice:
-        raise ValueError(
-            f"the class names {twice[0]!r} and {twice[1]!r} cannot be told apart in an answer; "
-            "give each a name of its own in dataset.class_names"
-        )
+    known: dict[tuple[str, ...], str] = {}
+    for name in names:
+        words = _words(name)
+        if not words:
+            raise ValueError(f"the class name {name!r} has no letter; give it one in dataset.class_names")
+        if words in known:
+            raise ValueError(
+                f"the class names {known[words]!r} and {name!r} cannot be told apart in an answer; "
+                "give each a name of its own in dataset.class_names"
+            )
+        known[words] = name
 
 
 def name_one(picture: Picture, names: Sequence[str]) -> tuple[Message, ...]:

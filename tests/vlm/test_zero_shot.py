@@ -117,7 +117,9 @@ def test_names_of_several_words_are_known_however_they_are_joined(text: str, pla
     ("names", "says"),
     [
         ([], "there is no class"),
-        (["one", "  "], "no readable name"),
+        (["one", " _ "], "' _ ' has no letter"),
+        (["one", "two", "two"], "'two' and 'two' cannot be told apart"),
+        (["a", "b", "A", "B"], "'a' and 'A' cannot be told apart"),
         (["Sea_Gull", "two", "sea gull"], "'Sea_Gull' and 'sea gull' cannot be told apart"),
     ],
 )
