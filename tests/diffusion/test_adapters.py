@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from tasks.diffusion import adapters
 from tasks.diffusion.generator import StableDiffusion
@@ -40,15 +40,18 @@ def test_a_new_adapter_changes_nothing_and_follows_its_seed(build: Build) -> Non
     assert names == set(adapters.TARGETS)
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++"])
 def test_a_saved_adapter_loaded_by_plain_diffusers_draws_our_images(
-    build: Build, adapter: Path, weights: Path
+    build: Build, adapter: Path, weights: Path, scheduler: str
 ) -> None:
-    generator = build()
+    generator = build(scheduler=scheduler)
     base = generator.draw(PROMPTS, SEEDS)
     generator.use_adapter(adapter)
     ours = generator.draw(PROMPTS, SEEDS)
     assert (ours - base).abs().max() > 0.01
     pipe = StableDiffusionPipeline.from_pretrained(weights, safety_checker=None)
+    if scheduler == "dpmsolver++":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.load_lora_weights(adapter)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(

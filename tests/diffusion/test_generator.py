@@ -1,6 +1,6 @@
 """The generator against diffusers' own pipeline; batches, prompts, loading."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,13 @@ PROMPTS = ["A picture of a seven", "a die, five dots", "XIV"]
 SEEDS = [3, 2**62 + 1, 77]
 
 
-def theirs(weights: Path, scheduler: str, **arguments: object) -> Tensor:
+def theirs(weights: Path, scheduler: str, seeds: Sequence[int] = SEEDS, **arguments: object) -> Tensor:
     pipe = StableDiffusionPipeline.from_pretrained(weights, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     if scheduler == "dpmsolver++":
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     images = pipe(
-        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         num_inference_steps=6,
         height=16,
         width=16,
@@ -44,6 +44,15 @@ def test_images_equal_the_pipelines_own(
     )
     assert torch.allclose(ours, other, atol=1e-5)
     assert ours.std() > 0.01
+
+
+def test_a_batch_that_is_filled_up_is_the_pipelines_batch_of_that_shape(build: Build, weights: Path) -> None:
+    prompts, seeds = [*PROMPTS, "IV", "two dots"], [*SEEDS, 8, 9]
+    ours = build(batch=3).draw(prompts, seeds)
+    other = theirs(
+        weights, "ddim", seeds=[8, 9, 9], prompt=["IV", "two dots", "two dots"], guidance_scale=2.0
+    )
+    assert torch.allclose(ours[3:], other[:2], atol=1e-5)
 
 
 def test_an_image_does_not_depend_on_how_many_are_drawn(build: Build) -> None:

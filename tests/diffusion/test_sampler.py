@@ -1,15 +1,23 @@
 """The one-step gradient against autograd through the whole frozen chain, and against finite differences."""
 
+import copy
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from tasks.diffusion import adapters
 from tasks.diffusion.generator import StableDiffusion
 from tasks.diffusion.sampler import (
+    Scheduler,
     guided_noise,
     make_scheduler,
     one_step_gradient,
@@ -21,6 +29,7 @@ from tests.diffusion.conftest import awaken
 
 Build = Callable[..., StableDiffusion]
 PROMPTS, SEEDS, STEPS = ["one", "two"], [11, 12], 6
+SCHEDULERS = pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++"])
 TARGET = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
@@ -65,7 +74,7 @@ def through_the_chain(
     return loss, predictions
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++"])
+@SCHEDULERS
 @pytest.mark.parametrize("step", range(STEPS))
 def test_equals_autograd_through_the_frozen_chain(build: Build, scheduler: str, step: int) -> None:
     generator, parameters = tuned(build, scheduler=scheduler)
@@ -79,8 +88,9 @@ def test_equals_autograd_through_the_frozen_chain(build: Build, scheduler: str, 
     assert (ours - reference).norm() <= 1e-5 * reference.norm()
 
 
-def test_every_step_reaches_the_adapter_even_a_new_one(build: Build) -> None:
-    generator = build(steps=STEPS)
+@SCHEDULERS
+def test_every_step_reaches_the_adapter_even_a_new_one(build: Build, scheduler: str) -> None:
+    generator = build(steps=STEPS, scheduler=scheduler)
     generator.begin_tuning(4, 4, seed=0)
     for step in range(STEPS):
         one_step_gradient(generator, PROMPTS, SEEDS, step, image_loss, coef_mode="unit")
@@ -92,8 +102,9 @@ def test_every_step_reaches_the_adapter_even_a_new_one(build: Build) -> None:
             parameter.grad = None
 
 
-def test_the_wrong_reading_has_no_gradient_before_the_last_step(build: Build) -> None:
-    generator, parameters = tuned(build)
+@SCHEDULERS
+def test_the_wrong_reading_has_no_gradient_before_the_last_step(build: Build, scheduler: str) -> None:
+    generator, parameters = tuned(build, scheduler=scheduler)
     for step in range(STEPS - 1):
         loss, _ = through_the_chain(generator, step, linear_path=False)
         assert not loss.requires_grad
@@ -106,26 +117,55 @@ def test_the_wrong_reading_has_no_gradient_before_the_last_step(build: Build) ->
     assert (gradients(parameters) - last).norm() <= 1e-5 * last.norm()
 
 
+def dpm_solver(
+    scheduler: Scheduler, x: Tensor, predict: Callable[[int, Tensor, Tensor], Tensor], n: int
+) -> Tensor:
+    """DPM-Solver++(2M) written from its paper's equations, in float64; first and last step of first order."""
+    timesteps = timesteps_of(scheduler, n)
+    a = scheduler.alphas_cumprod.double()[timesteps]
+    alpha, sigma = [*a.sqrt().tolist(), 1.0], [*(1 - a).sqrt().tolist(), 0.0]  # the chain ends without noise
+    lam = [*(math.log(x / y) for x, y in zip(alpha[:-1], sigma[:-1], strict=True)), math.inf]
+    before = x
+    for k in range(n):
+        data = (x - sigma[k] * predict(k, x, timesteps[k])) / alpha[k]
+        h = lam[k + 1] - lam[k]
+        blended = data
+        if 0 < k < n - 1:
+            blended = data + (data - before) * h / (2 * (lam[k] - lam[k - 1]))
+        x, before = sigma[k + 1] / sigma[k] * x - alpha[k + 1] * math.expm1(-h) * blended, data
+    return x
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "rel"), [("ddim", 1e-5), ("dpmsolver++", 2e-4)]
+)  # diffusers' own is float32
 @pytest.mark.parametrize("step", [0, 3, STEPS - 1])
-def test_equals_finite_differences_when_only_that_steps_adapter_moves(build: Build, step: int) -> None:
-    generator, parameters = tuned(build)
+def test_equals_finite_differences_when_only_that_steps_adapter_moves(
+    build: Build, scheduler: str, rel: float, step: int
+) -> None:
+    generator, parameters = tuned(build, scheduler=scheduler)
     for part in (generator.unet, generator.vae):
         part.double()
     generator._encoded = {text: generator.encode_prompts([text]).double() for text in ("", *PROMPTS)}
     noise = generator.initial_noise(SEEDS)
     _, predictions = through_the_chain(generator, step)
 
+    def predict(k: int, x: Tensor, timestep: Tensor) -> Tensor:
+        if k != step:
+            return predictions[k].double()
+        return guided_noise(generator.unet, x, timestep, generator.condition(PROMPTS))
+
+    @torch.no_grad()
     def loss_at() -> float:
-        walker = make_scheduler(generator.scheduler.config, "ddim")
-        walker.set_timesteps(STEPS)
         x = noise
-        with torch.no_grad():
+        if scheduler == "dpmsolver++":
+            x = dpm_solver(generator.scheduler, x, predict, STEPS)
+        else:
+            walker = make_scheduler(generator.scheduler.config, scheduler)
+            walker.set_timesteps(STEPS)
             for k, timestep in enumerate(walker.timesteps):
-                e = predictions[k]
-                if k == step:
-                    e = guided_noise(generator.unet, x, timestep, generator.condition(PROMPTS))
-                x = walker.step(e, timestep, x, return_dict=False)[0]
-            return image_loss(generator.decode_with_gradient(x), slice(0, 2)).mean().item()
+                x = walker.step(predict(k, x, timestep), timestep, x, return_dict=False)[0]
+        return image_loss(generator.decode_with_gradient(x), slice(0, 2)).mean().item()
 
     one_step_gradient(generator, PROMPTS, SEEDS, step, image_loss, coef_mode="exact")
     direction = [torch.randn(p.shape, generator=torch.Generator().manual_seed(2)).to(p) for p in parameters]
@@ -135,7 +175,7 @@ def test_equals_finite_differences_when_only_that_steps_adapter_moves(build: Bui
         for p, d in zip(parameters, direction, strict=True):
             p.data += sign * size * d
         ends.append(loss_at())
-    assert slope == pytest.approx((ends[0] - ends[1]) / (2 * size), rel=1e-5)
+    assert slope == pytest.approx((ends[0] - ends[1]) / (2 * size), rel=rel)
 
 
 def test_coefficients_of_ddim_are_differences_of_noise_levels() -> None:
@@ -150,6 +190,42 @@ def test_coefficients_of_ddim_are_differences_of_noise_levels() -> None:
     scale = 1 / scheduler.final_alpha_cumprod.sqrt()  # x_0 of diffusers keeps the last alpha
     assert torch.allclose(found * scale, sigma[1:] - sigma[:-1], rtol=2e-4)
     assert found.abs().max() / found.abs().min() > 100
+
+
+def test_coefficients_of_dpm_solver_are_those_of_its_paper(build: Build) -> None:
+    """One prediction at a time is set to 1; each enters two updates, so DDIM's differences do not serve."""
+    scheduler, n = build(scheduler="dpmsolver++").scheduler, 20
+    start = torch.zeros((), dtype=torch.float64)
+    ends = [dpm_solver(scheduler, start, lambda k, x, t, i=i: x * 0 + (k == i), n) for i in range(n)]
+    assert torch.allclose(step_coefficients(scheduler, n), torch.stack(ends).float(), rtol=2e-4)
+    ddim = step_coefficients(build(scheduler="ddim").scheduler, n)
+    assert ((ddim / torch.stack(ends) - 1).abs() > 0.02).any()
+
+
+@pytest.mark.parametrize(
+    "kind", [DDIMScheduler, DPMSolverMultistepScheduler, DEISMultistepScheduler, UniPCMultistepScheduler]
+)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_coefficients_of_any_affine_scheduler_are_its_impulse_responses(kind: type, prediction: str) -> None:
+    """The chain is run with one prediction nudged, whatever the scheduler carries from step to step."""
+    clip = {"clip_sample": False} if kind is DDIMScheduler else {}  # clipped, it is not affine
+    scheduler = kind(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction, **clip
+    )
+    rng = torch.Generator().manual_seed(0)
+    predictions = torch.randn(STEPS, 1, 1, 1, 1, generator=rng, dtype=torch.float64)
+
+    def end(nudged: int | None) -> float:
+        walker = copy.deepcopy(scheduler)
+        walker.set_timesteps(STEPS)
+        x = torch.full((1, 1, 1, 1), 0.3, dtype=torch.float64)
+        for k, timestep in enumerate(walker.timesteps):
+            x = walker.step(predictions[k] + (k == nudged), timestep, x, return_dict=False)[0].double()
+        return x.item()
+
+    responses = [end(k) - end(None) for k in range(STEPS)]
+    assert step_coefficients(scheduler, STEPS).tolist() == pytest.approx(responses, rel=2e-3, abs=2e-5)
+    assert all(abs(response) > 1e-4 for response in responses)
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmsolver++"])

@@ -33,6 +33,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("+surprise=1", ["surprise"]),
         ("augmenter.base_prompt=photo", ["base_prompt", "category"]),
         ("generator.steps=0", ["generator.steps"]),
+        ("generator.scheduler=euler", ["generator.scheduler", "'ddim' or 'dpmsolver++'", "euler"]),
+        ("tuning.coef=half", ["tuning.coef", "'exact' or 'unit'", "half"]),
         ("mining.negatives=9", ["mining.negatives", "8"]),
     ],
 )
