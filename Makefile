@@ -78,7 +78,7 @@ check: $(STAMP) ## ruff, the type checker and the import contracts
 	@$(BIN)/lint-imports
 
 .PHONY: pretrain
-pretrain: $(STAMP) ## train the miniature's weights again (about an hour on two cores)
+pretrain: $(STAMP) ## train the miniature's weights again (about four hours of one core)
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[pretrain]'
 	@$(BIN)/python -m tasks.miniature.pretrain
 

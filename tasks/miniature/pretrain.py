@@ -32,7 +32,7 @@ from tasks.miniature.captions import ATTRIBUTES, VALUES, caption, parse_caption
 
 WEIGHTS = Path(__file__).parent / "weights"
 MINUTES = {
-    "vae": 12.5, "decoder": 11.0, "text": 2.0, "text_unet": 60.0, "vit": 30.0, "captioner": 29.0, "judge": 4.0,
+    "vae": 12.5, "decoder": 11.0, "text": 2.0, "text_unet": 117.0, "vit": 30.0, "captioner": 43.0, "judge": 7.0,
 }  # fmt: skip
 WEB = Settings(seed=1, count=100_000, letters=0.0)
 ALPHABET = Settings(seed=2, count=40_000, short=0.0, letters=1.0)
