@@ -133,7 +133,12 @@ def stored_config(folder: Path) -> ExperimentConfig:
     for parent in (folder.resolve(), *folder.resolve().parents):
         if (file := parent / "config.json").is_file():
             here = load_config([]).model_dump(include={"runtime", "tracking"})
-            return _validated(ExperimentConfig, {**here, **read_json(file)})
+            try:
+                return _validated(ExperimentConfig, {**here, **read_json(file)})
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{file} was written by another version ({error}); move its run folder away and run it again"
+                ) from error
     raise ConfigError(
         f"no config.json in or above {folder}; give a folder below runs/<dataset>/<method>/seed-<n>"
     )

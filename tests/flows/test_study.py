@@ -1,5 +1,6 @@
 """What the study measures against answers worked out by hand, and the study of one small experiment."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from flows.__main__ import main
+from flows.config import ConfigError, load_config, stored_config
 from flows.measures import ContrastChange, SetMeasure, TuningMeasure, class_distance, contrast, matching
 from flows.reading import features
 from flows.report import collect
@@ -234,6 +236,17 @@ def test_runs_without_images_have_accuracies_alone(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "study.md").read_text()
     assert "| digits | finetune | 1 | 66.7 | 50.0 |" in text
     assert "(a)" not in text
+
+
+def test_settings_of_another_version_are_named_with_their_file(tmp_path: Path) -> None:
+    config = load_config([]).identity
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tuning": config["tuning"] | {"colour": 1}}))
+    with pytest.raises(ConfigError, match=r"config\.json was written by another version \(tuning\.colour"):
+        stored_config(tmp_path / "session-00")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert stored_config(tmp_path / "session-00").tuning.border == 0.5
+    with pytest.raises(ConfigError, match=r"no config\.json in or above"):
+        stored_config(tmp_path.parent)
 
 
 def test_no_runs_is_said_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
