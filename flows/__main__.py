@@ -180,6 +180,8 @@ def _study(arguments: Sequence[str]) -> int:
         "overrides", nargs="*", help="settings of the swapped prompts, such as windows.images=2"
     )
     chosen = parser.parse_args(arguments)
+    if chosen.examples < 1:
+        parser.error(f"--examples {chosen.examples}: give at least 1")
     return _written(
         lambda: build_study(chosen.runs, chosen.out, chosen.state, chosen.examples, chosen.overrides)
     )

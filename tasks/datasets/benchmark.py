@@ -35,7 +35,8 @@ class DatasetSettings(Frozen):
     """What to read and how to cut it.
 
     Attributes:
-        name: Of the data set; stands in records and in ``make data DATASET=<name>``.
+        name: Of the data set; stands in records and in ``make data DATASET=<name>``. ``<name>_dev`` is cut from the
+            training pictures of ``<name>`` alone, for choosing settings.
         root: Folder in one of the two layouts.
         n_base: Classes of the base session, at least 2.
         n_way: New classes of each later session.
@@ -104,7 +105,8 @@ def _class_folders(settings: DatasetSettings) -> list[str]:
     root = settings.root
     if not root.is_dir():
         raise DatasetError(
-            f"no data at {root}: run `make data DATASET={settings.name}`, or name a folder with dataset.root="
+            f"no data at {root}: run `make data DATASET={settings.name.removesuffix('_dev')}`, "
+            f"or name a folder with dataset.root="
         )
     if (root / "train").is_dir() != (root / "test").is_dir():
         there, missing = ("train", "test") if (root / "train").is_dir() else ("test", "train")

@@ -8,6 +8,7 @@ import pytest
 
 from flows.__main__ import expand, main
 from flows.config import CONFIGS, ConfigError, choices, differences, load_config
+from tasks.datasets.benchmark import build_benchmark
 from tests.conftest import Place
 
 
@@ -160,3 +161,16 @@ class TestBeforeAnyCompute:
         place = Place(tmp_path)
         quick = place.overrides(f"generator.path={tmp_path / 'sd'}", "stopping.max_epochs=1")
         assert main(["dataset=digits", "method=finetune", *quick]) == 0
+
+
+def test_a_study_of_no_example_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["study", "--examples", "0"])
+    assert left.value.code == 2
+    assert "--examples 0: give at least 1" in capsys.readouterr().err
+
+
+def test_missing_data_of_the_development_benchmark_names_a_command_that_exists(tmp_path: Path) -> None:
+    config = load_config(["dataset=digits_dev", f"dataset.root={tmp_path / 'none'}"])
+    with pytest.raises(ValueError, match=r"run `make data DATASET=digits`"):
+        build_benchmark(config.dataset)
