@@ -26,11 +26,20 @@ from tasks.loading import (
     generator_identity,
     original_paths,
 )
-from tasks.records import ArtifactRef, AugmentedImage, Cluster, Mining, StageRecord, Triplet, Tuning, Verdict
+from tasks.records import (
+    ArtifactRef,
+    AugmentedImage,
+    FailurePair,
+    Mining,
+    StageRecord,
+    Triplet,
+    Tuning,
+    Verdict,
+)
 from tasks.seeding import seed_for
 from tasks.store import StageFolder, read_lines
 
-VERSION = 1
+VERSION = 2  # 2: a centre is contrasted with the failures that it was compared with
 
 
 @task(name="tune_lora", cache_policy=NO_CACHE, persist_result=False)
@@ -84,7 +93,7 @@ def tune_lora(
         },
         inputs={
             "triplets": mining.triplets.digest,
-            "clusters": mining.clusters.digest,
+            "pairs": mining.pairs.digest,
             "verdicts": verdicts.digest if verdicts else None,
             "manifest": augmentation.manifest.digest,
             "adapter": start.adapter.digest if start.adapter else None,
@@ -99,16 +108,16 @@ def tune_lora(
 def examples_of(
     context: EpochContext, mining: Mining, verdicts: ArtifactRef | None, size: int, seed: int
 ) -> Iterator[TuningExample]:
-    """Each centre with each failure it stands against: a rewritten one only with the original it was rewritten for."""
+    """Each centre with each failure it is compared with: a rewritten one only with the original it was rewritten for."""
     store, images = context.store, {image.id: image for image in augmented_images(context)}
-    triplets = read_lines(store.locate(mining.triplets), Triplet)
+    triplets = {(t.label, t.positive.id): t for t in read_lines(store.locate(mining.triplets), Triplet)}
     judged = {v.augmented_id: v for v in (read_lines(store.locate(verdicts), Verdict) if verdicts else [])}
-    for cluster in read_lines(store.locate(mining.clusters), Cluster):
-        verdict = judged.get(cluster.centre)
-        for triplet in (t for t in triplets if t.label == cluster.label):
-            if verdict and verdict.target_id not in (None, triplet.positive.id):
-                continue
-            yield _example(context, images, cluster.centre, triplet, verdict, size, seed)
+    for pair in read_lines(store.locate(mining.pairs), FailurePair):
+        verdict = judged.get(pair.augmented_id)
+        if verdict and verdict.target_id not in (None, pair.original.id):
+            continue
+        triplet = triplets[pair.label, pair.original.id]
+        yield _example(context, images, pair.augmented_id, triplet, verdict, size, seed)
 
 
 def _example(

@@ -1,10 +1,14 @@
 """One class's failures against its correct generations: pairs to compare, triplets to tune on, clusters.
 
 Paper, "The VLM Coordinator" and "Self-contrastive finetuning strategy". Generated images that are near-constant
-are left out first. Farthest points among the rest are compared with every failure; the others join the centre
+are left out first. Farthest points among the rest are compared with failures; the others join the centre
 they resemble most. So may, with ``mining.inherit=all``, the class's generations that the classifier got wrong:
 the paper samples among the right ones only and leaves open what becomes of the others' prompts; a prompt that
 misled the one has misled the other. Each failure's negatives are the right generations most similar to it.
+
+"Each selected image pair" is compared (Eq. 2); which pairs are selected the paper leaves open. With every failure
+(``mining.pairs=all``) a centre nearly always differs from one of them: then every verdict is semantic, prompts never
+settle, and a class with one failing shot ends with one prompt. With ``nearest`` ones they settle, as the paper reports.
 """
 
 from collections.abc import Sequence
@@ -16,6 +20,7 @@ from tasks.records import AugmentedImage, Cluster, FailurePair, ImageRef, Triple
 from tasks.similarity.selection import (
     MiningSettings,
     assign_clusters,
+    compared_with,
     farthest_points,
     hardest_negatives,
     is_broken,
@@ -82,10 +87,15 @@ def mine_class(
     return Mined(
         pairs=[
             FailurePair(
-                label=label, original=failure, augmented_id=kept[centre].id, ssim=_rounded(row[centre])
+                label=label,
+                original=failures[i],
+                augmented_id=kept[centre].id,
+                ssim=_rounded(similarities[i, centre]),
             )
-            for centre in centres
-            for failure, row in zip(failures, similarities, strict=True)
+            for centre, compared in zip(
+                centres, compared_with(similarities[:, centres], settings.pairs), strict=True
+            )
+            for i in compared
         ],
         triplets=[
             Triplet(

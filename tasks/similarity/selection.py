@@ -35,6 +35,7 @@ class MiningSettings(Frozen):
     greyscale: bool
     gap: float = Field(ge=0, le=2)
     inherit: Literal["correct", "all"]
+    pairs: Literal["all", "nearest"]
 
 
 def prepare(images: Float[Tensor, "n 3 h w"], settings: MiningSettings) -> Float[Tensor, "n c s s"]:
@@ -119,6 +120,28 @@ def assign_clusters(rows: Rows, n: int, centres: list[int]) -> Int[Tensor, " n"]
     owner = torch.tensor([_lowest_argmin(column) for column in distances.unbind(1)])
     owner[torch.tensor(centres)] = torch.arange(len(centres))
     return owner
+
+
+def compared_with(similarities: Float[Tensor, "m c"], pairs: Literal["all", "nearest"]) -> list[list[int]]:
+    """For each of c centres, which of m failures it is compared with.
+
+    Args:
+        similarities: [m, c] of failures and centres, at least one of each.
+        pairs: ``all``; or ``nearest``: a centre's own most similar failure, and every failure whose most similar
+            centre it is, so that neither a centre nor a failure is left out. Ties go to the lowest index.
+
+    Returns:
+        c lists of ascending indices, none empty.
+
+    Raises:
+        ValueError: NaN.
+    """
+    m, c = _finite(similarities, "a similarity").shape
+    if pairs == "all":
+        return [list(range(m)) for _ in range(c)]
+    nearest_failure = [_lowest_argmin(-column) for column in similarities.unbind(1)]
+    nearest_centre = [_lowest_argmin(-row) for row in similarities.unbind(0)]
+    return [[i for i in range(m) if i == nearest_failure[j] or nearest_centre[i] == j] for j in range(c)]
 
 
 def hardest_negatives(similarities: Float[Tensor, "m n"], k: int) -> list[list[int]]:

@@ -18,7 +18,14 @@ from tests.benchmarks.measuring import Call, Plan, Row, peak_mib
 
 CLASS, SIZES, ONE_CLASS = 50, (750, 1500, 3000), 750
 SETTINGS = MiningSettings(
-    centres=8, negatives=8, ssim_size=64, min_contrast=0.02, greyscale=True, gap=0.0, inherit="all"
+    centres=8,
+    negatives=8,
+    ssim_size=64,
+    min_contrast=0.02,
+    greyscale=True,
+    gap=0.0,
+    inherit="all",
+    pairs="nearest",
 )
 
 

@@ -9,8 +9,8 @@ from tasks.similarity.selection import MiningSettings
 from tasks.similarity.ssim import ssim
 
 SETTINGS = MiningSettings(
-    centres=2, negatives=3, ssim_size=16, min_contrast=0.02, greyscale=True, gap=0.05, inherit="correct"
-)
+    centres=2, negatives=3, ssim_size=16, min_contrast=0.02, greyscale=True, gap=0.05, inherit="correct", pairs="all"
+)  # fmt: skip
 
 
 NONE = torch.zeros(0, 3, 16, 16)
@@ -49,6 +49,29 @@ def test_every_centre_meets_every_failure_and_every_candidate_has_one_centre(pic
     members = [name for cluster in mined.clusters for name in cluster.members]
     assert sorted(members) == [f"g{n}" for n in range(6)]
     assert all(cluster.centre in cluster.members for cluster in mined.clusters)
+
+
+def test_nearest_pairs_leave_no_failure_and_no_centre_out(pictures: torch.Tensor) -> None:
+    nearest = SETTINGS.model_copy(update={"pairs": "nearest"})
+    args = (
+        [original(n) for n in range(4)],
+        pictures[:4],
+        [generated(n) for n in range(4)],
+        pictures[4:],
+        [],
+        NONE,
+    )
+    every, mined = mine_class(*args, SETTINGS), mine_class(*args, nearest)
+    assert [c.centre for c in mined.clusters] == [c.centre for c in every.clusters]
+    assert mined.triplets == every.triplets
+    score = {(p.augmented_id, p.original.id): p.ssim for p in every.pairs}
+    centres, failures = {c for c, _ in score}, {o for _, o in score}
+    wanted = {(c, max(failures, key=lambda o: score[c, o])) for c in centres}
+    wanted |= {(max(centres, key=lambda c: score[c, o]), o) for o in failures}
+    assert {(p.augmented_id, p.original.id): p.ssim for p in mined.pairs} == {
+        pair: score[pair] for pair in wanted
+    }
+    assert len(wanted) < len(score)
 
 
 def test_negatives_are_the_most_similar_of_the_class(pictures: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tasks.similarity.selection import (
     MiningSettings,
     assign_clusters,
+    compared_with,
     farthest_points,
     hardest_negatives,
     is_broken,
@@ -126,6 +127,14 @@ def test_negatives_are_the_most_similar_in_order_with_ties_by_index() -> None:
     assert hardest_negatives(similarities[:, :0], 8) == [[], []]
 
 
+def test_pairs_to_compare_are_all_or_each_ones_nearest_with_ties_by_index() -> None:
+    similarities = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.4, 0.5], [0.9, 0.4, 0.5]])  # 3 failures, 3 centres
+    assert compared_with(similarities, "all") == [[0, 1, 2]] * 3
+    assert compared_with(similarities, "nearest") == [[0, 2], [1], [0, 1]]
+    with pytest.raises(ValueError, match="NaN"):
+        compared_with(torch.full((1, 1), torch.nan), "nearest")
+
+
 def test_broken_images_are_constant_in_every_channel() -> None:
     colour = torch.tensor([1.0, 0.0, 0.5]).view(1, 3, 1, 1).expand(1, 3, 12, 12)
     half = torch.zeros(1, 3, 12, 12)
@@ -137,8 +146,8 @@ def test_broken_images_are_constant_in_every_channel() -> None:
 
 def test_images_are_compared_at_the_size_and_in_the_colours_set() -> None:
     settings = MiningSettings(
-        centres=1, negatives=1, ssim_size=16, min_contrast=0, greyscale=True, gap=0, inherit="all"
-    )
+        centres=1, negatives=1, ssim_size=16, min_contrast=0, greyscale=True, gap=0, inherit="all", pairs="all"
+    )  # fmt: skip
     images = torch.rand(2, 3, 40, 40)
     assert prepare(images, settings).shape == (2, 1, 16, 16)
     assert prepare(images[:0], settings).shape == (0, 1, 16, 16)
