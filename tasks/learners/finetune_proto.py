@@ -21,7 +21,8 @@ from tasks.classification.backbone import BackboneSettings, load_backbone
 from tasks.classification.prototypes import class_sums, prototypes
 from tasks.classification.training import CosineHead, TrainingSettings, fit
 from tasks.learners.base import Progress, TrainingData
-from tasks.learners.prototype import PrototypeLearner, of_shape
+from tasks.learners.prototype import PrototypeLearner
+from tasks.learners.sessions import of_shape, take_weights, weights_of
 from tasks.records import Frozen
 
 
@@ -114,15 +115,12 @@ class FinetuneProto(PrototypeLearner):
     # ------------------------------------------------------------------------------ checkpoints
 
     def _tensors(self) -> dict[str, Tensor]:
-        weights = {f"backbone.{k}": v for k, v in self.backbone.state_dict().items()}
-        return {**super()._tensors(), "head": self.head_rows, **weights}
+        return {**super()._tensors(), "head": self.head_rows, **weights_of("backbone", self.backbone)}
 
     def _take(self, tensors: dict[str, Tensor]) -> None:
         super()._take(tensors)
         self.head_rows = of_shape(tensors, "head", self.head_rows)
-        prefix = "backbone."
-        weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        self.backbone.load_state_dict(weights)
+        take_weights("backbone", self.backbone, tensors)
 
 
 def balanced(labels: Tensor) -> Tensor:

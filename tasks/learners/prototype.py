@@ -1,32 +1,20 @@
-"""What learners with the prototype classifier psi share: sessions, prediction, checkpoints.
+"""What learners with the prototype classifier psi share: memory is one vector a class."""
 
-Memory is one vector a class. A checkpoint is ``learner.json`` and ``weights.safetensors``; both are the same
-bytes for the same state.
-"""
-
-import json
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tasks.classification.backbone import Backbone, CheckpointError
+from tasks.classification.backbone import Backbone
 from tasks.classification.prototypes import cosine_logits, leave_one_out_logits, only_seen, prototypes
-from tasks.learners.base import Memory, Progress, TrainingData
-
-CHECKPOINT_FORMAT = 1
-FEATURE_BATCH = 256
+from tasks.learners.base import Memory, TrainingData
+from tasks.learners.sessions import SessionLearner, of_shape
 
 
-class PrototypeLearner(ABC):
+class PrototypeLearner(SessionLearner):
     """Cosine to one unit vector a class. Subclasses say how an epoch is learned and what else is stored."""
 
-    kind: ClassVar[str]
     memory: ClassVar[Memory] = "prototypes"
 
     def __init__(
@@ -38,39 +26,10 @@ class PrototypeLearner(ABC):
         device: torch.device,
     ) -> None:
         """Start without any class known; ``backbone`` is moved to ``device`` and belongs to the learner."""
-        self.backbone = backbone.to(device)
-        self.device = device
-        self.n_classes = n_classes
+        super().__init__(backbone, n_classes, device)
         self.generated_weight = generated_weight
         self.temperature = temperature
         self.rows = torch.zeros(n_classes, backbone.width)
-        self.known: set[int] = set()
-        self.new: tuple[int, ...] = ()
-        self.seen: tuple[int, ...] = ()
-
-    # ------------------------------------------------------------------------------ learning
-
-    def begin_session(self, new_classes: Sequence[int], seen_classes: Sequence[int]) -> None:
-        """See :meth:`Learner.begin_session`."""
-        new, seen = tuple(sorted(new_classes)), tuple(sorted(seen_classes))
-        if outside := [c for c in seen if not 0 <= c < self.n_classes]:
-            raise ValueError(f"class {outside[0]} is out of range: the learner has {self.n_classes} classes")
-        if strangers := sorted(set(new) - set(seen)):
-            raise ValueError(f"class {strangers[0]} is new but not among the classes seen, {list(seen)}")
-        self.new, self.seen = new, seen
-
-    @abstractmethod
-    def learn(self, data: TrainingData, *, seed: int, progress: Progress | None = None) -> list[float]:
-        """See :meth:`Learner.learn`."""
-
-    def _refuse_bad(self, data: TrainingData) -> None:
-        if not self.seen:
-            raise ValueError("no session has begun; call begin_session before learn")
-        present = set(data.labels.tolist())
-        if unseen := sorted(present - set(self.seen)):
-            raise ValueError(f"label {unseen[0]} is not among the classes seen, {list(self.seen)}")
-        if absent := sorted(set(self.new) - present):
-            raise ValueError(f"class {absent[0]} is new but has no picture to learn from")
 
     def _update_prototypes(self, data: TrainingData) -> None:
         """Make the rows of the new classes from ``data``; rows of earlier classes stay."""
@@ -78,15 +37,6 @@ class PrototypeLearner(ABC):
         made = prototypes(features, data.labels, data.is_generated, self.n_classes, self.generated_weight)
         self.rows[list(self.new)] = made[list(self.new)]
         self.known |= set(self.new)
-
-    # ------------------------------------------------------------------------------ predicting
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """See :meth:`Learner.features`."""
-        self.backbone.eval()
-        parts = [self.backbone(part.to(self.device)).float().cpu() for part in images.split(FEATURE_BATCH)]
-        return torch.cat(parts) if len(images) else torch.zeros(0, self.backbone.width)
 
     def predict(self, images: Tensor, seen: Sequence[int]) -> Tensor:
         """See :meth:`Learner.predict`."""
@@ -106,71 +56,8 @@ class PrototypeLearner(ABC):
         )
         return only_seen(logits, tuple(seen))
 
-    def _refuse_unknown(self, seen: Sequence[int]) -> None:
-        if unknown := sorted(set(seen) - self.known):
-            raise ValueError(f"class {unknown[0]} has no prototype yet; learn its session first")
-
-    # ------------------------------------------------------------------------------ checkpoints
-
-    def save(self, folder: Path) -> None:
-        """See :meth:`Learner.save`; the folder is made if need be."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
-        save_file(tensors, folder / "weights.safetensors")
-        text = json.dumps(self._state(), indent=1, sort_keys=True)
-        (folder / "learner.json").write_text(text + "\n", encoding="utf-8")
-
-    def load(self, folder: Path) -> None:
-        """See :meth:`Learner.load`."""
-        state = self._read_state(folder / "learner.json")
-        path = folder / "weights.safetensors"
-        try:
-            self._take(load_file(path))
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"the weights in {path} cannot be read or do not fit: {error}") from error
-        self.known = set(state["known"])
-        self.new, self.seen = tuple(state["new"]), tuple(state["seen"])
-
-    def _state(self) -> dict[str, object]:
-        return {
-            "format": CHECKPOINT_FORMAT,
-            "kind": self.kind,
-            "n_classes": self.n_classes,
-            "known": sorted(self.known),
-            "new": self.new,
-            "seen": self.seen,
-        }
-
-    def _read_state(self, path: Path) -> dict:
-        if not path.is_file():
-            raise CheckpointError(f"no such checkpoint: {path} is missing")
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
-        for field, mine in (
-            ("format", CHECKPOINT_FORMAT),
-            ("kind", self.kind),
-            ("n_classes", self.n_classes),
-        ):
-            if state.get(field) != mine:
-                raise CheckpointError(
-                    f"the checkpoint {path.parent} was written with {field}={state.get(field)!r}, but this "
-                    f"learner has {field}={mine!r}; use the settings it was written with"
-                )
-        return state
-
     def _tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds, by name."""
         return {"prototypes": self.rows}
 
     def _take(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what ``_tensors`` gave; RuntimeError or KeyError if it does not fit."""
         self.rows = of_shape(tensors, "prototypes", self.rows)
-
-
-def of_shape(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """The tensor ``name``; KeyError if it is missing, RuntimeError if its shape is not that of ``like``."""
-    if tensors[name].shape != like.shape:
-        raise RuntimeError(f"{name} has the shape {list(tensors[name].shape)}, not {list(like.shape)}")
-    return tensors[name]

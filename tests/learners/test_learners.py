@@ -166,7 +166,7 @@ def test_nonsense_is_refused(make, kind):
     learner.begin_session((0, 1, 2, 3), (0, 1, 2, 3))
     with pytest.raises(ValueError, match="class 3 is new but has no picture"):
         learner.learn(base, seed=0)
-    with pytest.raises(ValueError, match="class 0 has no prototype yet"):
+    with pytest.raises(ValueError, match="class 0 has not been learned yet"):
         learner.predict(base.images, (0, 1))
 
 
