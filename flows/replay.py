@@ -13,8 +13,9 @@ from prefect import flow
 from tqdm import tqdm
 
 from flows.config import stored_config
-from tasks.diffusion.generator import StableDiffusion, weights_digest
-from tasks.images import load_image, png_bytes
+from tasks.diffusion.checkpoint import weights_digest
+from tasks.diffusion.generator import StableDiffusion
+from tasks.images import encoded, load_image
 from tasks.records import AugmentationSet, AugmentedImage, Digest, EpochRecord, Frozen, StageRecord
 from tasks.store import digest_of, read_json, read_lines
 
@@ -67,7 +68,7 @@ def replay(folder: Path) -> ReplayReport:
     settings = config.generator.model_copy(update={"batch": drawn.output.batch_shape[0]})
     generator = StableDiffusion.from_settings(settings, config.runtime.torch_device)
     generator.use_adapter(_adapter_folder(folder, drawn.output.adapter))
-    same_weights = weights_digest(settings.path, settings.revision) == drawn.inputs["generator"]
+    same_weights = weights_digest(settings.source) == drawn.inputs["generator"]
     differences = []
     for row, image in _redrawn(generator, rows, settings.batch):
         if (difference := _compare(folder / "images" / row.path, row, image)) is not None:
@@ -117,7 +118,7 @@ def _redrawn(
 
 
 def _compare(stored: Path, row: AugmentedImage, image: torch.Tensor) -> Difference | None:
-    if stored.is_file() and stored.read_bytes() == png_bytes(image):
+    if stored.is_file() and stored.read_bytes() == encoded(image, stored.suffix):
         return None
     if not stored.is_file():
         return Difference(image_id=row.id, psnr=0.0)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tasks.classification.backbone import BackboneSettings
 from tasks.context import EpochContext
-from tasks.diffusion.generator import GeneratorSettings, StableDiffusion, weights_digest
+from tasks.diffusion.checkpoint import weights_digest
+from tasks.diffusion.generator import GeneratorSettings, StableDiffusion
 from tasks.images import load_images
 from tasks.learners.base import Learner, TrainingData
 from tasks.learners.factory import LearnerSettings, make_learner
@@ -125,7 +126,7 @@ def generator_for(
 @lru_cache(maxsize=4)
 def generator_digest(settings: GeneratorSettings) -> Digest:
     """The content id of the base generator's weights."""
-    return weights_digest(settings.path, settings.revision)
+    return weights_digest(settings.source)
 
 
 @lru_cache(maxsize=4)
@@ -137,5 +138,5 @@ def vlm_digest(settings: VlmSettings) -> Digest | None:
 
 
 def generator_identity(settings: GeneratorSettings) -> dict[str, object]:
-    """What of the generator's settings changes its images; the path does not, the batch shape does."""
-    return settings.model_dump(exclude={"path", "revision"})
+    """What of the generator's settings changes its images; where it is does not, the batch shape does."""
+    return settings.model_dump(exclude={"path", "revision", "variant", "config"})

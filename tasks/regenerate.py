@@ -2,7 +2,7 @@
 
 Reads:   the slots of the next set (prompts and what they double), adapter k+1.
 Returns: AugmentationSet - references to the images and to the manifest that can draw them again.
-Writes:  images/<class name>/<slot>.png  manifest.jsonl, shard by shard, so that a kill loses at most one shard
+Writes:  images/<class name>/<slot>.<format>  manifest.jsonl, shard by shard, so that a kill loses at most one shard
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tasks.augmentation import AugmenterSettings, Slot, first_slots, image_id, next_slots
 from tasks.context import EpochContext
 from tasks.diffusion.generator import GeneratorSettings
-from tasks.images import save_png
+from tasks.images import Format, encoded
 from tasks.loading import augmented_images, generator_digest, generator_for, generator_identity, session_of
 from tasks.records import ArtifactRef, AugmentationSet, AugmentedImage, Digest, StageRecord, Verdict
 from tasks.seeding import seed_for
@@ -53,7 +53,7 @@ def regenerate(
     }
 
     def compute(work: StageFolder) -> AugmentationSet:
-        rows = _draw_shards(context, epoch, work.path, slots, seeds, generator, adapter)
+        rows, batch = _draw_shards(context, epoch, work.path, slots, seeds, generator, adapter)
         write_lines(work.path / "manifest.jsonl", rows)
         for shard in sorted(work.path.glob("shard-*.jsonl")):
             shard.unlink()
@@ -63,7 +63,7 @@ def regenerate(
             images=work.ref("images", "images"),
             manifest=work.ref("manifest.jsonl", "manifest"),
             count=len(rows),
-            batch_shape=(generator.batch, 3, generator.size, generator.size),
+            batch_shape=(batch, 3, generator.size, generator.size),
         )
 
     return context.store.run(
@@ -102,34 +102,53 @@ def _draw_shards(
     seeds: Sequence[int],
     generator: GeneratorSettings,
     adapter: ArtifactRef | None,
-) -> list[AugmentedImage]:
+) -> tuple[list[AugmentedImage], int]:
+    """The rows of all images, and how many were drawn at once.
+
+    One number holds for the whole set, of which a batch that did not fit the memory leaves a smaller one: then the
+    set is begun anew.
+    """
     rows: list[AugmentedImage] = []
+    batch, start = _batch_so_far(folder, generator.batch), 0
     title = f"session {context.session} epoch {epoch}: drawing"
     with tqdm(total=len(slots), desc=title, unit="image", disable=None, leave=False) as bar:
-        for start in range(0, len(slots), generator.batch):
-            stop = start + generator.batch
-            marker = folder / f"shard-{start:06d}.jsonl"
-            if not marker.is_file():
-                drawn = generator_for(context, generator, adapter).draw(
-                    [slot.prompt for slot in slots[start:stop]], list(seeds[start:stop])
-                )
-                shard = [
-                    _keep(context, epoch, folder, slot, seed, image)
-                    for slot, seed, image in zip(slots[start:stop], seeds[start:stop], drawn, strict=True)
-                ]
-                write_lines(marker, shard)
-            rows += read_lines(marker, AugmentedImage)
-            bar.update(min(stop, len(slots)) - start)
-    return rows
+        while start < len(slots):
+            stop = min(start + generator.batch, len(slots))
+            if not _marker(folder, batch, start).is_file():
+                model = generator_for(context, generator, adapter)
+                model.batch = min(model.batch, batch)
+                images = model.draw([slot.prompt for slot in slots[start:stop]], list(seeds[start:stop]))
+                if model.batch < batch:
+                    batch = model.batch
+                    if start > 0:
+                        rows, start = [], 0
+                        bar.reset()
+                        continue
+                drawn = zip(slots[start:stop], seeds[start:stop], images, strict=True)
+                kept = [_keep(context, epoch, folder, generator.format, *one) for one in drawn]
+                write_lines(_marker(folder, batch, start), kept)
+            rows += read_lines(_marker(folder, batch, start), AugmentedImage)
+            bar.update(stop - start)
+            start = stop
+    return rows, batch
+
+
+def _marker(folder: Path, batch: int, start: int) -> Path:
+    return folder / f"shard-{batch}-{start:06d}.jsonl"
+
+
+def _batch_so_far(folder: Path, wanted: int) -> int:
+    """How many images an attempt that was killed drew at once in the end, else as many as wanted."""
+    return min([wanted, *(int(shard.name.split("-")[1]) for shard in folder.glob("shard-*-*.jsonl"))])
 
 
 def _keep(
-    context: EpochContext, epoch: int, folder: Path, slot: Slot, seed: int, image: Tensor
+    context: EpochContext, epoch: int, folder: Path, kind: Format, slot: Slot, seed: int, image: Tensor
 ) -> AugmentedImage:
-    path = f"{context.class_names[slot.label]}/{slot.id}.png"
+    path = f"{context.class_names[slot.label]}/{slot.id}.{kind}"
     target = folder / "images" / path
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_png(image, target)
+    target.write_bytes(encoded(image, target.suffix))
     return AugmentedImage(
         id=image_id(context.session, epoch, slot.id),
         slot=slot.id,

@@ -4,23 +4,25 @@ An image is a function of weights, adapter, prompt, seed, scheduler, steps, guid
 So the batch shape is fixed: the last batch is filled by repeating its last entry, and every prompt is
 encoded alone. The noise of each image comes from a CPU generator of its own: the same in every batch.
 The same prompt, seed, scheduler and batch shape give what ``StableDiffusionPipeline`` gives.
+
+On a GPU weights lie channels last, and attention is torch's fused one. Where a batch does not fit the
+memory, it is halved for good: ``batch`` says what is drawn at once.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from tasks.diffusion import adapters
+from tasks.diffusion.checkpoint import Source, open_pipeline
 from tasks.diffusion.sampler import (
     ChainResult,
     Condition,
@@ -29,8 +31,12 @@ from tasks.diffusion.sampler import (
     make_scheduler,
     sample_chain,
 )
+from tasks.images import Format
 from tasks.records import Digest, Frozen
+from tasks.settings import added_later
 from tasks.store import digest_of
+
+log = logging.getLogger("fscil.generator")
 
 DECODED_PIXELS = 8 * 512 * 512
 """Pixels decoded at once; with gradient a quarter of that."""
@@ -42,7 +48,23 @@ _CACHED_PROMPTS = 1024
 
 
 class GeneratorSettings(Frozen):
-    """Which model draws, and how. Everything but ``path`` and ``revision`` changes the images."""
+    """Which model draws, and how. Everything but where the weights are changes the images or their files.
+
+    Attributes:
+        path: a folder, a ``.safetensors`` file or a hub's name; see ``tasks.diffusion.checkpoint``.
+        revision: of a model on a hub; None for its default branch.
+        variant: of the weights' files, such as ``fp16``; None for the plain ones.
+        config: a folder with the tokenizer and the noise schedule that a single file lacks.
+        size: side of the images in pixels.
+        steps: denoising steps.
+        guidance: s of diffusers = 1 + w of Eq. 4.
+        scheduler: ``ddim`` (eta 0) or ``dpmsolver++``.
+        batch: images drawn at once; halved where the memory does not suffice.
+        dtype: of the weights while drawing, whatever they are stored in.
+        negative_prompt: what the null branch of the guidance is told.
+        format: of the images' files; both are lossless.
+        compile: let ``torch.compile`` make kernels of the noise predictor: minutes first, then faster.
+    """
 
     path: str
     revision: str | None
@@ -53,10 +75,22 @@ class GeneratorSettings(Frozen):
     batch: int = Field(ge=1)
     dtype: Literal["float32", "bfloat16"]
     negative_prompt: str
+    variant: str | None = added_later(None)
+    config: str | None = added_later(None)
+    format: Format = added_later("png")
+    compile: bool = added_later(False)
+
+    @property
+    def source(self) -> Source:
+        """Where the weights are."""
+        return Source(path=self.path, revision=self.revision, variant=self.variant, config=self.config)
 
 
 class Generator(Protocol):
     """What the stages need of a generator."""
+
+    batch: int
+    """How many images are drawn at once, by now."""
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Float[Tensor, "n 3 h w"]:
         """Images in [0, 1], one for each prompt and seed."""
@@ -98,33 +132,23 @@ class StableDiffusion:
         if settings.size >= CHECKPOINTED_SIZE:
             unet.enable_gradient_checkpointing()
             vae.enable_gradient_checkpointing()
+        if device.type == "cuda":
+            for model in (vae, unet):
+                model.to(memory_format=torch.channels_last)
+        if settings.compile:
+            unet.compile()
+        self.batch = settings.batch
         self._encoded: dict[str, Tensor] = {}
         self._adapter: Digest | None = None
 
     @classmethod
     def from_settings(cls, settings: GeneratorSettings, device: torch.device) -> "StableDiffusion":
-        """Load a pipeline from a folder in diffusers' format, or from a hub by its ``owner/name``.
-
-        Only safetensors are read. The noise schedule is the pipeline's own, the solver that of the settings.
+        """Load the model that the settings name. The noise schedule is its own, the solver that of the settings.
 
         Raises:
-            ValueError: no pipeline there, or a ``size`` that does not fit it.
+            ValueError: no model there, one of another family, or a ``size`` that does not fit it.
         """
-        _check_path(settings.path)
-        dtype = getattr(torch, settings.dtype)
-        try:
-            with _no_progress_bars():
-                pipeline = StableDiffusionPipeline.from_pretrained(
-                    settings.path,
-                    revision=settings.revision,
-                    dtype=dtype,
-                    use_safetensors=True,
-                    safety_checker=None,
-                    feature_extractor=None,
-                    requires_safety_checker=False,
-                )
-        except (OSError, TypeError) as error:
-            raise ValueError(f"cannot load generator.path={settings.path!r}: {error}") from error
+        pipeline = open_pipeline(settings.source, getattr(torch, settings.dtype))
         return cls(
             settings,
             device,
@@ -211,11 +235,37 @@ class StableDiffusion:
             float32 [n, 3, size, size] in [0, 1], on the CPU. Image i does not depend on n.
 
         Raises:
-            ValueError: not as many seeds as prompts.
+            ValueError: not as many seeds as prompts, or not even one image fits the device's memory.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds; one seed for each prompt")
-        size, batch = self.settings.size, self.settings.batch
+        while (images := self._drawn_at_once(prompts, seeds, self.batch)) is None:
+            self._halve_batch()
+        return images
+
+    def _drawn_at_once(self, prompts: Sequence[str], seeds: Sequence[int], batch: int) -> Tensor | None:
+        """All images in batches of one shape; None where the device's memory does not suffice."""
+        try:
+            return self._draw(prompts, seeds, batch)
+        except torch.OutOfMemoryError:
+            return None  # only once the error is gone is the memory that its frames hold free
+
+    def _halve_batch(self) -> None:
+        size = self.settings.size
+        if self.batch == 1:
+            raise ValueError(
+                f"not even one image of {size} x {size} fits the memory of {self.device}; lower generator.size"
+            )
+        self.batch //= 2
+        log.warning(
+            "out of memory on %s: from now on %d images of %d x %d are drawn at once; the record says so",
+            *(self.device, self.batch, size, size),
+        )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _draw(self, prompts: Sequence[str], seeds: Sequence[int], batch: int) -> Tensor:
+        size = self.settings.size
         images = torch.empty(len(prompts), 3, size, size)
         for start in range(0, len(prompts), batch):
             texts, numbers = list(prompts[start : start + batch]), list(seeds[start : start + batch])
@@ -286,40 +336,3 @@ class StableDiffusion:
             )
         adapters.set_alpha(self.unet, alpha)
         return adapters.trainable(self.unet)
-
-
-def weights_digest(path: str, revision: str | None = None) -> Digest:
-    """The content id of a generator: of its folder's files, or the pinned name of one on a hub.
-
-    Raises:
-        ValueError: neither a pipeline's folder nor an ``owner/name``.
-    """
-    _check_path(path)
-    if Path(path).is_dir():
-        return digest_of(Path(path))
-    return Digest(f"hub:{path}@{revision or 'main'}")
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Loading is quiet; whoever wants progress shows it by the image."""
-    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in shown:
-            log.enable_progress_bar()
-
-
-def _check_path(path: str) -> None:
-    if Path(path).is_dir():
-        if not (Path(path) / "model_index.json").is_file():
-            raise ValueError(
-                f"generator.path={path!r} holds no model_index.json; give a pipeline's own folder"
-            )
-    elif path.count("/") != 1 or path.startswith((".", "/")):
-        raise ValueError(
-            f"generator.path={path!r} does not exist; give a pipeline's folder or a hub's owner/name"
-        )

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from tasks.diffusion.generator import StableDiffusion, weights_digest
+from tasks.diffusion.generator import StableDiffusion
 from tasks.diffusion.sampler import make_scheduler
 
 Build = Callable[..., StableDiffusion]
@@ -137,37 +137,61 @@ def test_schedulers_keep_the_pipelines_own_noise_schedule(name: str) -> None:
         make_scheduler(sd15.config, "pndm")
 
 
-def test_bad_paths_and_sizes_are_named(build: Build, tmp_path: Path, weights: Path) -> None:
-    with pytest.raises(ValueError, match=r"no model_index\.json"):
-        build(path=str(tmp_path))
-    with pytest.raises(ValueError, match="does not exist"):
-        build(path=str(tmp_path / "missing"))
+def test_bad_sizes_and_lists_are_named(build: Build) -> None:
     with pytest.raises(ValueError, match="multiple of 2"):
         build(size=17)
     with pytest.raises(ValueError, match="one seed for each prompt"):
         build().draw(["one"], [])
 
 
-def test_only_safetensors_are_read(build: Build, weights: Path, tmp_path: Path) -> None:
-    import shutil
-
-    copy = tmp_path / "copy"
-    shutil.copytree(weights, copy)
-    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    torch.save({}, copy / "unet" / "diffusion_pytorch_model.bin")
-    file.unlink()
-    with pytest.raises(ValueError, match=r"cannot load generator\.path"):
-        build(path=str(copy))
+# ---------------------------------------------------------------------------------------- memory
 
 
-def test_digest_follows_the_files(weights: Path, tmp_path: Path) -> None:
-    import shutil
+class Small(torch.nn.Module):
+    """A noise predictor on a device whose memory holds so many images at once, both branches of guidance counted."""
 
-    copy = tmp_path / "copy"
-    shutil.copytree(weights, copy)
-    assert weights_digest(str(copy)) == weights_digest(str(weights))
-    (copy / "scheduler" / "scheduler_config.json").write_text("{}")
-    assert weights_digest(str(copy)) != weights_digest(str(weights))
-    assert weights_digest("owner/name", "abc") == "hub:owner/name@abc"
-    with pytest.raises(ValueError, match="does not exist"):
-        weights_digest("no/such/folder")
+    def __init__(self, unet: torch.nn.Module, images: int) -> None:
+        super().__init__()
+        self.unet, self.images, self.seen = unet, images, []
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.unet, name)
+
+    def forward(self, x: Tensor, *arguments: object, **options: object) -> object:
+        self.seen.append(len(x) // 2)
+        if len(x) > 2 * self.images:
+            raise torch.OutOfMemoryError("too many")
+        return self.unet(x, *arguments, **options)
+
+
+def test_a_batch_that_does_not_fit_is_halved_for_good_and_said(
+    build: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = build(batch=8)
+    generator.unet = small = Small(generator.unet, images=3)
+    prompts, seeds = [f"picture {i}" for i in range(5)], list(range(5))
+    images = generator.draw(prompts, seeds)
+    assert generator.batch == 2
+    assert caplog.messages == [
+        f"out of memory on cpu: from now on {n} images of 16 x 16 are drawn at once; the record says so"
+        for n in (4, 2)
+    ]
+    assert torch.equal(images, build(batch=2).draw(prompts, seeds)), "all images share the shape that fits"
+    small.seen.clear()
+    generator.draw(prompts, seeds)
+    assert set(small.seen) == {2}, "what does not fit is not tried again"
+
+
+def test_not_even_one_image_fits(build: Build) -> None:
+    generator = build(batch=2)
+    generator.unet = Small(generator.unet, images=0)
+    with pytest.raises(ValueError, match=r"not even one image of 16 x 16 fits .* lower generator\.size"):
+        generator.draw(["one"], [1])
+
+
+def test_compiling_is_a_setting(build: Build) -> None:
+    assert build(compile=True).unet._compiled_call_impl is not None
+    assert build().unet._compiled_call_impl is None
