@@ -3,7 +3,8 @@
 The learning rate is a pure function of progress through this call, so each epoch of the paper's loop, which
 brings new generated pictures, is one cosine from the full rate to zero. Nothing here draws from global
 state: order and augmentation come from ``seed``, and the backbone stays in evaluation mode, so that dropout
-and stochastic depth, which have no generator of their own, are off.
+and stochastic depth, which have no generator of their own, are off. What is drawn is drawn on the CPU; pictures
+are turned and recoloured where the network is.
 """
 
 import math
@@ -117,7 +118,8 @@ def fit(
         for chosen in _batches(len(images), settings.batch, generator):
             for group in adam.param_groups:
                 group["lr"] = settings.learning_rate * cosine_rate(done / steps)
-            batch = vary(recolour(images[chosen], settings, generator), settings, generator).to(device)
+            batch = images[chosen].to(device, non_blocking=True)
+            batch = vary(recolour(batch, settings, generator), settings, generator)
             each = cross_entropy(head(backbone(batch)), labels[chosen].to(device), reduction="none")
             summed = (each * weights[chosen].to(device)).sum()
             adam.zero_grad(set_to_none=True)
@@ -136,7 +138,7 @@ def vary(images: Tensor, settings: TrainingSettings, generator: torch.Generator)
     """Rotate, scale and shift each of [n, 3, s, s] at random; the border's colour fills what comes in."""
     if settings.rotate == settings.scale == settings.shift == 0:
         return images
-    draw = torch.rand(4, len(images), generator=generator) * 2 - 1
+    draw = (torch.rand(4, len(images), generator=generator) * 2 - 1).to(images.device)
     angle = draw[0] * math.radians(settings.rotate)
     zoom = 1 / (1 + draw[1] * settings.scale)
     shift = draw[2:] * settings.shift * 2  # affine_grid's side is 2 long
@@ -152,7 +154,7 @@ def recolour(images: Tensor, settings: TrainingSettings, generator: torch.Genera
     """Turn each of [n, 3, s, s] in [0, 1] to grey, to its negative, to both or to neither, at random."""
     if settings.grey == settings.invert == 0:
         return images
-    draw = torch.rand(2, len(images), 1, 1, 1, generator=generator)
+    draw = torch.rand(2, len(images), 1, 1, 1, generator=generator).to(images.device)
     grey = torch.where(draw[0] < settings.grey, to_greyscale(images).expand_as(images), images)
     return torch.where(draw[1] < settings.invert, 1 - grey, grey)
 
