@@ -7,10 +7,11 @@ form, style, weight, pose, colour and background. What is **rule** is everything
 - *YES or NO*: the two descriptions in the dialogue are read back and compared. YES only if category, form,
   style, colour and background agree; weight and pose are details, which make no two images semantically
   different. What a description leaves out agrees with anything;
-- *rewrite*: the subject stays the one that the quoted prompt names; form, style, weight, pose, colour and
-  background are taken from the second description and phrased as the corpus's full captions are. A form that
-  the subject cannot have (a number read as a letter) becomes the plain one. A subject that the corpus does
-  not know keeps the prompt's own words, up to the first comma;
+- *rewrite*: the subject stays the one that the quoted prompt names, and so do weight and pose, if it names any;
+  form, style, colour and background are taken from the second description and phrased as the corpus's captions
+  are. A prompt that also copied one image's weight and pose would have every image drawn alike. A form that the
+  subject cannot have (a number read as a letter) becomes the plain one. A subject that the corpus does not know
+  keeps the prompt's own words, up to the first comma;
 - *which one of these classes*: of the names listed, one a line after a dash, the one that equals the category
   read; if none does, that it is none of them;
 - anything else gets a polite answer.
@@ -65,6 +66,8 @@ GATHER_SECONDS = 0.004
 MAX_BODY = 32 * 2**20
 MAX_PIXELS = 64_000_000
 IMAGE_TOKENS = 64
+RULES = 2
+"""Version of the rules, part of the model's name: answers by other rules are never taken from a cache."""
 SEMANTIC = ("category", "form", "style", "colour", "background")
 """Attributes whose disagreement makes two images different; the others are details."""
 
@@ -129,9 +132,11 @@ def similar(first: Attributes, second: Attributes) -> bool:
 
 
 def rewrite(prompt: str, second: Attributes) -> str:
-    """The prompt that keeps the first image's subject and looks like the second image."""
-    subject = parse_caption(prompt).category
-    seen = second.but(category=subject, form=_possible_form(subject, second.form))
+    """The prompt that keeps its subject and details and takes the second image's look in what is semantic."""
+    own = parse_caption(prompt)
+    subject = own.category
+    form = _possible_form(subject, second.form)
+    seen = second.but(category=subject, form=form, weight=own.weight, pose=own.pose)
     if subject is not None:
         return caption(seen)
     words = prompt.split(",")[0].strip() or "A picture"
@@ -452,7 +457,7 @@ def serve(reader: Reader, port: int = 0, model: str = MODEL) -> Iterator[VlmServ
 
 @contextmanager
 def serve_miniature(port: int = 0) -> Iterator[str]:
-    """Serve the shipped captioner; gives the address. The model's name ends in its weights' digest.
+    """Serve the shipped captioner; gives the address. The model's name ends in its weights' digest and ``RULES``.
 
     Raises:
         FileNotFoundError: the captioner's weights are not there.
@@ -463,7 +468,7 @@ def serve_miniature(port: int = 0) -> Iterator[str]:
     folder = Path(__file__).parent / "weights" / "captioner"
     if not folder.is_dir():
         raise FileNotFoundError(f"the miniature's captioner is not in {folder}; train it with: make pretrain")
-    with serve(Captioner.from_weights(folder), port, f"{MODEL}@{digest_of(folder)[:12]}") as server:
+    with serve(Captioner.from_weights(folder), port, f"{MODEL}@{digest_of(folder)[:12]}-{RULES}") as server:
         yield server.base_url
 
 
