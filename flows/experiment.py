@@ -82,7 +82,7 @@ def preflight(config: ExperimentConfig) -> Benchmark:
     with _held(Store(config.runtime.state), config.run_key):
         _same_settings(config.runtime.runs / config.run_key / "config.json", config)
     config.runtime.torch_device  # noqa: B018 - raises where the device is not there
-    benchmark = build_benchmark(config.dataset)
+    benchmark = build_benchmark(config.dataset, cache=config.runtime.state / "datasets")
     if config.zero_shot:
         refuse_alike(benchmark.class_names)
     else:

@@ -51,6 +51,17 @@ def test_the_same_picture_under_another_name_is_overlap(same: str) -> None:
         session([image("a")], [], [image("b", **{same: getattr(image("a"), same)})])
 
 
+def test_published_lists_may_hold_one_picture_in_train_and_test_but_not_in_val() -> None:
+    held, twin = image("b"), image("c", digest=Digest("a"))
+    lists = Session(**(dict(session([image("a")], [held], [])) | {"test": (twin,), "published": True}))
+    assert lists.model_dump()["published"] is True
+    assert "published" not in session([image("a")], [held], []).model_dump()
+    with pytest.raises(
+        ValidationError, match=r"test image 'c\.png' is also in val as 'b\.png' \(same digest\)"
+    ):
+        Session(**(dict(lists) | {"val": (image("b", digest=Digest("a")),), "train": ()}))
+
+
 def test_leave_one_out_validates_on_the_shots_and_holdout_on_what_was_held_out() -> None:
     held_out = session([image("a")], [image("b")], [])
     assert [i.id for i in held_out.validation] == ["b"]

@@ -3,7 +3,9 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
+from tasks.datasets import pictures
 from tasks.datasets.benchmark import DatasetError, DatasetSettings, build_benchmark
 from tasks.images import UnreadableImageError, save_png
 from tasks.store import digest_of
@@ -116,6 +118,26 @@ def test_at_least_one_is_held_out_and_one_is_left_to_train(split_root):
     assert (len(base.train), len(base.val)) == (2, 2)
 
 
+def test_val_of_its_own_validates_the_base_session_and_all_of_train_trains(split_root):
+    for label, name in enumerate(NAMES):
+        fill(split_root / "val" / name, 3, seed=200 + label)
+    base, later, _ = build_benchmark(settings(split_root, base_shots=None)).sessions
+    assert (len(base.train), len(base.val)) == (14, 6)
+    assert {image.path.split("/")[0] for image in base.val} == {"val"}
+    assert (len(later.train), later.val, later.val_rule) == (4, (), "leave_one_out")
+    shutil.rmtree(split_root / "val" / "bee")
+    refused("'bee' has 0 validation pictures .* remove val/", split_root)
+
+
+@pytest.mark.parametrize("suffix", ["webp", "JPEG", "bmp", "tiff"])
+def test_pictures_of_other_kinds_are_read(flat_root, suffix):
+    for path in sorted((flat_root / "ant").iterdir()):
+        Image.open(path).save(path.with_suffix(f".{suffix}"))
+        path.unlink()
+    base = build_benchmark(settings(flat_root, test_per_class=2)).sessions[0]
+    assert {image.path.split(".")[-1] for image in base.train if image.label == 0} == {suffix}
+
+
 def test_class_order_and_names(split_root):
     benchmark = build_benchmark(
         settings(split_root, class_order=NAMES[::-1], class_names={"fox": "red fox", "elk": "moose"})
@@ -137,6 +159,36 @@ def test_hidden_and_other_files_are_passed_over(split_root):
     assert build_benchmark(settings(split_root)) == before
 
 
+# ------------------------------------------------------------------------------ what is remembered
+
+
+def test_pictures_are_looked_at_once_and_again_when_they_change(split_root, tmp_path, monkeypatch):
+    first = build_benchmark(settings(split_root), tmp_path / "cache")
+    looked = []
+    load = pictures.load_image
+    monkeypatch.setattr(
+        pictures, "load_image", lambda path, size: looked.append(path.name) or load(path, size)
+    )
+    assert build_benchmark(settings(split_root), tmp_path / "cache") == first
+    assert looked == []
+    victim = split_root / first.sessions[1].train[0].path
+    save_png(torch.zeros(3, 8, 8), victim)
+    changed = build_benchmark(settings(split_root), tmp_path / "cache").sessions[1].train[0]
+    assert looked == [victim.name]
+    assert changed.digest == digest_of(victim) != first.sessions[1].train[0].digest
+
+
+def test_a_ruined_memory_is_made_anew_and_an_unreadable_picture_not_remembered(split_root, tmp_path):
+    first = build_benchmark(settings(split_root), tmp_path / "cache")
+    (memory,) = (tmp_path / "cache").iterdir()
+    memory.write_text('{"train/ant/0.png": 3}')
+    assert build_benchmark(settings(split_root), tmp_path / "cache") == first
+    (split_root / first.sessions[0].train[0].path).write_bytes(b"ruined")
+    for _ in range(2):
+        with pytest.raises(UnreadableImageError):
+            build_benchmark(settings(split_root), tmp_path / "cache")
+
+
 # ------------------------------------------------------------------------------ what is refused
 
 
@@ -156,6 +208,15 @@ def test_empty_folder(tmp_path):
 def test_half_a_split(split_root):
     shutil.rmtree(split_root / "test")
     refused(r"has train/ but no test/", split_root)
+
+
+def test_train_and_val_alone(split_root):
+    (split_root / "test").rename(split_root / "val")
+    refused(r"has train/ but no test/: add it, rename val/ if it is meant for testing", split_root)
+
+
+def test_splits_for_a_folder_of_ones_own(split_root):
+    refused("splits is for cifar100, cub200, miniimagenet, not for toy", split_root, splits=split_root)
 
 
 def test_too_few_classes(split_root):
