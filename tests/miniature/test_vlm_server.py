@@ -48,7 +48,7 @@ class Read:
         return Attributes(**{field.name: getattr(self, field.name) for field in fields(self)})
 
 
-LOOK = "a handwritten digit, regular weight, upright, white on a black background"
+LOOK = "a handwritten digit, white on a black background"
 PRINTED = Read(form="word", style="printed", colour="black", background="white")
 
 
@@ -167,11 +167,15 @@ def test_only_semantic_attributes_make_images_different(name: str, value: str | 
             Read(),
             f"A picture of a seven, {LOOK}",
         ),
-        (  # the subject is the prompt's, whatever the second image was taken for
+        (  # the subject is the prompt's, whatever the second image was taken for; so are the details
             "A picture of a seven, a printed word, bold weight, upright, red on a white background",
             Read(category="one", weight="thin", pose="tilted right"),
-            "A picture of a seven, a handwritten digit, thin weight, tilted right, "
-            "white on a black background",
+            "A picture of a seven, a handwritten digit, bold weight, upright, white on a black background",
+        ),
+        (  # a detail that the prompt leaves open stays open
+            "A picture of a seven, a printed word, red on a white background",
+            Read(category="one", weight="thin", pose="tilted right"),
+            f"A picture of a seven, {LOOK}",
         ),
         (  # a number cannot be a letter
             "A picture of a two",
@@ -190,7 +194,7 @@ def test_only_semantic_attributes_make_images_different(name: str, value: str | 
         ),
     ],
 )
-def test_rewriting_keeps_the_subject_and_takes_the_look(prompt: str, second: Read, expected: str) -> None:
+def test_rewriting_keeps_the_subject_and_its_details_and_takes_the_look(prompt: str, second: Read, expected: str) -> None:
     assert rewrite(prompt, second.attributes) == expected
 
 
