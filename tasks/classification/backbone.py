@@ -1,32 +1,39 @@
-"""The pre-trained vision transformer whose features the prototype head psi compares (paper: ViT-B/16).
+"""The pre-trained network whose features the prototype head psi compares (paper: ViT-B/16; any of timm's).
 
-Three sources of weights, never random ones:
+Three sources of weights, never random ones; of all only safetensors are read, of any precision:
 
     checkpoint: null                timm's published weights of ``name`` (pinned tag; fetched once)
-    checkpoint: <file>.safetensors  weights of the timm model ``name``
-    checkpoint: <folder>            config.json and model.safetensors; a ViT of this project's own
+    checkpoint: <file>.safetensors  weights of the timm model ``name``, with or without classification head
+    checkpoint: <folder>            config.json and model.safetensors: a published timm model's own folder, or a
+                                    ViT of this project's own
 
-``config.json`` holds ``architecture`` (timm's VisionTransformer, by any path to it), ``arguments`` of that
-class with ``img_size`` among them, ``mean`` and ``std``.
+A ViT's ``config.json`` holds ``architecture`` (timm's VisionTransformer, by any path to it), ``arguments`` of that
+class with ``img_size`` among them, ``mean`` and ``std``; a published model's holds ``architecture`` (timm's name) and
+``pretrained_cfg``. Input size, mean and standard deviation are the weights' own unless settings say otherwise.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tasks.records import Frozen
+from tasks.hub import hub_file
+from tasks.records import Digest, Frozen
+from tasks.settings import added_later
+from tasks.store import digest_of
 
 ARCHITECTURE = "VisionTransformer"
+WEIGHTS = "model.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -34,22 +41,29 @@ class CheckpointError(ValueError):
 
 
 class BackboneSettings(Frozen):
-    """Which pre-trained network.
+    """Which pre-trained network, and how it computes.
 
     Attributes:
         name: timm model with its pinned tag, as ``vit_base_patch16_224.augreg_in21k``; of a folder checkpoint
             only a label.
         checkpoint: None, a ``.safetensors`` file, or a folder (see the module).
-        size: Side in pixels that the network takes; pictures of another size are resampled.
+        size: Side in pixels that the network takes; pictures of another size are resampled. None takes the
+            weights' own; another one interpolates a ViT's position embedding.
         mean: Of each channel, subtracted from [0, 1]; None takes the weights' own.
         std: Of each channel, by which is then divided; None takes the weights' own.
+        precision: ``bfloat16`` lets the network compute in it where that is safe (autocast); its weights,
+            features and gradients stay float32.
+        checkpointing: Activations are computed again in the backward pass instead of kept: a third more time,
+            a fraction of the memory, the same result.
     """
 
     name: str
     checkpoint: str | None
-    size: int = Field(ge=1)
+    size: int | None = Field(ge=1)
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
+    precision: Literal["float32", "bfloat16"] = added_later("float32")
+    checkpointing: bool = added_later(False)
 
 
 class Backbone(nn.Module):
@@ -59,19 +73,25 @@ class Backbone(nn.Module):
     std: Tensor
 
     def __init__(
-        self, network: nn.Module, size: int, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        network: nn.Module,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        precision: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
-        """Wrap ``network``, which takes normalised [n, 3, size, size] and has ``num_features``."""
+        """Wrap ``network``, timm's, which takes normalised [n, 3, size, size]."""
         super().__init__()
         self.network = network
         self.size = size
+        self.precision = precision
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     @property
     def width(self) -> int:
         """Length of a feature vector."""
-        return cast(int, self.network.num_features)
+        return cast(int, getattr(self.network, "head_hidden_size", self.network.num_features))
 
     def forward(self, images: Tensor) -> Tensor:
         """[n, 3, h, w] in [0, 1] to [n, width], not normalised."""
@@ -79,7 +99,10 @@ class Backbone(nn.Module):
             images = nn.functional.interpolate(
                 images, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False
             ).clamp(0, 1)
-        return cast(Tensor, self.network((images - self.mean) / self.std))
+        if self.precision == "float32":
+            return cast(Tensor, self.network((images - self.mean) / self.std))
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return cast(Tensor, self.network((images - self.mean) / self.std)).float()
 
 
 def load_backbone(settings: BackboneSettings) -> Backbone:
@@ -95,34 +118,57 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     elif path.is_file():
         backbone = _from_file(settings, path)
     else:
-        raise CheckpointError(
-            f"no such checkpoint: {path}; name a folder, a .safetensors file, or null for timm's own weights "
-            f"with classifier.checkpoint="
-        )
+        raise _nowhere(path)
+    if settings.checkpointing:
+        backbone.network.set_grad_checkpointing(True)
     return backbone.eval()
+
+
+def pretrained_digest(settings: BackboneSettings) -> Digest:
+    """The content id of the weights: of the checkpoint's file or folder, or of the published file.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    if settings.checkpoint is None:
+        return digest_of(_published_file(settings.name))
+    if not Path(settings.checkpoint).exists():
+        raise _nowhere(Path(settings.checkpoint))
+    return digest_of(Path(settings.checkpoint))
 
 
 # ---------------------------------------------------------------------------------------- sources
 
 
 def _published(settings: BackboneSettings) -> Backbone:
-    _refuse_unknown(settings.name)
-    try:
-        network = _timm_model(settings, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    return _timm_backbone(settings, settings.name, None, _published_file(settings.name))
+
+
+def _published_file(name: str) -> Path:
+    _refuse_unknown(name)
+    known = timm.get_pretrained_cfg(name)
+    if known is None or not known.hf_hub_id:
         raise CheckpointError(
-            f"no such checkpoint: the weights of {settings.name!r} are neither cached nor can be fetched "
-            f"({type(error).__name__}); fetch them once with a network, or name a file with "
-            f"classifier.checkpoint="
-        ) from error
-    return _with_timm_statistics(settings, network)
+            f"no weights are published under the name {name!r}; add a tag to classifier.name, "
+            f"or name a file with classifier.checkpoint="
+        )
+    remedy = "run once where there is a network, or name a file of these weights with classifier.checkpoint="
+    try:
+        return hub_file(known.hf_hub_id, WEIGHTS, None, remedy)
+    except ValueError as error:
+        raise CheckpointError(f"no such checkpoint: {error}") from error
 
 
 def _from_file(settings: BackboneSettings, path: Path) -> Backbone:
     _refuse_unknown(settings.name)
-    network = _timm_model(settings, pretrained=False)
-    _load_weights(network, path)
-    return _with_timm_statistics(settings, network)
+    return _timm_backbone(settings, settings.name, None, path)
+
+
+def _nowhere(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"no such checkpoint: {path}; name a folder, a .safetensors file, or null for timm's own weights "
+        f"with classifier.checkpoint="
+    )
 
 
 def _refuse_unknown(name: str) -> None:
@@ -130,33 +176,47 @@ def _refuse_unknown(name: str) -> None:
         raise CheckpointError(f"timm has no model {name!r}; choose another classifier.name")
 
 
-def _timm_model(settings: BackboneSettings, pretrained: bool) -> nn.Module:
+def _timm_backbone(
+    settings: BackboneSettings, name: str, config: Mapping[str, Any] | None, weights: Path
+) -> Backbone:
+    """Timm's model ``name`` with weights of a file; ``config`` stands for timm's own description of them."""
     with _own_randomness():
-        return cast(nn.Module, timm.create_model(settings.name, pretrained=pretrained, num_classes=0))
+        network = timm.create_model(name, pretrained_cfg=dict(config) if config else None, num_classes=0)
+    known = resolve_model_data_config(network)
+    _load_weights(network, weights, network.pretrained_cfg.get("classifier") or "head")
+    own = known["input_size"][-1]
+    size = settings.size or own
+    if size != own and hasattr(network, "set_input_size"):
+        network.set_input_size(img_size=size)
+    return _normalised(settings, network, size, known["mean"], known["std"])
 
 
-def _with_timm_statistics(settings: BackboneSettings, network: nn.Module) -> Backbone:
-    known = cast(dict[str, tuple[float, ...]], network.pretrained_cfg)
-    return Backbone(network, settings.size, settings.mean or known["mean"], settings.std or known["std"])
+def _normalised(
+    settings: BackboneSettings, network: nn.Module, size: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Backbone:
+    return Backbone(network, size, settings.mean or mean, settings.std or std, settings.precision)
 
 
 def _from_folder(settings: BackboneSettings, folder: Path) -> Backbone:
     config = _read_config(folder / "config.json")
+    if "pretrained_cfg" in config:
+        _refuse_unknown(config["architecture"])
+        return _timm_backbone(settings, config["architecture"], config["pretrained_cfg"], folder / WEIGHTS)
     if str(config["architecture"]).rpartition(".")[2] != ARCHITECTURE:
         raise CheckpointError(
             f"{folder / 'config.json'} has the architecture {config['architecture']!r}; "
             f"only timm's {ARCHITECTURE} is read"
         )
     side = config["arguments"].get("img_size", 224)
-    if side != settings.size:
+    if side != (settings.size or side):
         raise CheckpointError(
             f"the checkpoint {folder} takes pictures of side {side}, but classifier.size={settings.size}; "
             f"set it to {side}"
         )
     with _own_randomness():
         network = VisionTransformer(**{**config["arguments"], "num_classes": 0})
-    _load_weights(network, folder / "model.safetensors")
-    return Backbone(network, settings.size, settings.mean or config["mean"], settings.std or config["std"])
+    _load_weights(network, folder / WEIGHTS, "head")
+    return _normalised(settings, network, side, config["mean"], config["std"])
 
 
 def _read_config(path: Path) -> dict:
@@ -164,7 +224,8 @@ def _read_config(path: Path) -> dict:
         raise CheckpointError(f"no such checkpoint: {path} is missing")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"architecture", "arguments", "mean", "std"} - config.keys()
+        own = {"architecture", "arguments", "mean", "std"}
+        missing = ({"architecture"} if "pretrained_cfg" in config else own) - config.keys()
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not the description of a classifier: {error}") from error
     if missing:
@@ -172,12 +233,12 @@ def _read_config(path: Path) -> dict:
     return config
 
 
-def _load_weights(network: nn.Module, path: Path) -> None:
-    """Load all weights but those of a classification head."""
+def _load_weights(network: nn.Module, path: Path, head: str) -> None:
+    """Load all weights but those of the classification head, whose names begin with ``head``."""
     if not path.is_file():
         raise CheckpointError(f"no such checkpoint: {path} is missing")
     try:
-        weights = {k: v for k, v in load_file(path).items() if not k.startswith("head.")}
+        weights = {k: v for k, v in load_file(path).items() if not k.startswith(f"{head}.")}
         network.load_state_dict(weights, strict=True)
     except (SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"the weights in {path} do not fit the network: {error}") from error

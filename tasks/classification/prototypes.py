@@ -11,6 +11,8 @@ class; if there is no G_c either, the class has nothing but the shot, and its si
 least there is: such a shot is always an error, which says that nothing is known about it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
@@ -58,6 +60,23 @@ def cosine_logits(features: Tensor, rows: Tensor, temperature: float) -> Tensor:
     return temperature * normalize(features, dim=1) @ normalize(rows, dim=1).T
 
 
+def rows_without(
+    features: Tensor, labels: Tensor, is_generated: Tensor, n_classes: int, generated_weight: float
+) -> tuple[Tensor, Tensor]:
+    """For each real picture its class's prototype made without it, and whether anything was left to make it of.
+
+    Returns:
+        [m, d] unit rows, and bool [m]; the m real pictures in their order.
+    """
+    real, generated = (
+        class_sums(features[part], labels[part], n_classes) for part in (~is_generated, is_generated)
+    )
+    shots, own = normalize(features[~is_generated], dim=1), labels[~is_generated]
+    others = real[0][own] - shots, real[1][own] - 1
+    without = mix(others, (generated[0][own], generated[1][own]), generated_weight)
+    return without, (others[1] + generated[1][own]) > 0
+
+
 def leave_one_out_logits(
     features: Tensor,
     labels: Tensor,
@@ -65,6 +84,7 @@ def leave_one_out_logits(
     rows: Tensor,
     generated_weight: float,
     temperature: float,
+    placed: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Logits of every real picture, its own class's prototype made without it (see the module).
 
@@ -75,20 +95,16 @@ def leave_one_out_logits(
         rows: [k, d] prototypes of all classes; those of other classes are used as they are.
         generated_weight: w in [0, 1].
         temperature: Factor of the cosine.
+        placed: What else is done to prototypes [m, d] of classes [m] before they are compared with.
 
     Returns:
         [m, k], the m real pictures in their order.
     """
-    n_classes = len(rows)
-    real, generated = (
-        class_sums(features[part], labels[part], n_classes) for part in (~is_generated, is_generated)
-    )
     shots, own = normalize(features[~is_generated], dim=1), labels[~is_generated]
-    others = real[0][own] - shots, real[1][own] - 1
-    without = mix(others, (generated[0][own], generated[1][own]), generated_weight)
-    similarity = (shots * without).sum(1)
-    nothing_left = (others[1] + generated[1][own]) == 0
-    similarity = torch.where(nothing_left, LEAST_SIMILARITY, similarity)
+    without, anything_left = rows_without(features, labels, is_generated, len(rows), generated_weight)
+    if placed is not None:
+        without = placed(without, own)
+    similarity = torch.where(anything_left, (shots * without).sum(1), LEAST_SIMILARITY)
     logits = cosine_logits(features[~is_generated], rows, temperature)
     logits[torch.arange(len(own)), own] = temperature * similarity
     return logits

@@ -9,7 +9,7 @@ are turned and recoloured where the network is.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -51,6 +51,31 @@ class TrainingSettings(Frozen):
     invert: float = Field(ge=0, le=1)
 
 
+class RecipeSettings(TrainingSettings):
+    """The same for learners whose papers use other optimizers or rates.
+
+    Attributes:
+        optimizer: ``sgd`` is Nesterov's, unless ``momentum`` is 0.
+        momentum: Of SGD.
+        weight_decay: Added to the gradient.
+        backbone_rate: Learning rate of the backbone as a share of ``learning_rate``, which is the head's.
+    """
+
+    optimizer: Literal["adam", "sgd"]
+    momentum: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(ge=0)
+    backbone_rate: float = Field(gt=0, le=1)
+
+
+PictureLoss = Callable[[Tensor, Tensor], Tensor]
+"""Loss [n] of each picture, of the head's outputs [n, k] and labels [n]."""
+
+
+def each_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy [n] of logits [n, k] and labels [n]."""
+    return cross_entropy(outputs, labels, reduction="none")
+
+
 class CosineHead(nn.Module):
     """Logits = temperature * cosine of features [n, d] and rows [k, d]."""
 
@@ -85,6 +110,7 @@ def fit(
     settings: TrainingSettings,
     seed: int,
     progress: Progress | None = None,
+    loss: PictureLoss = each_cross_entropy,
 ) -> list[float]:
     """Train in place.
 
@@ -97,9 +123,10 @@ def fit(
         settings: See there.
         seed: Of order and augmentation.
         progress: Told after each step.
+        loss: Of each picture.
 
     Returns:
-        Mean weighted cross entropy of each pass.
+        Mean weighted loss of each pass.
 
     Raises:
         ValueError: No pictures, or the loss is no longer finite.
@@ -107,8 +134,8 @@ def fit(
     if len(images) == 0:
         raise ValueError("there is nothing to train on: the set of pictures is empty")
     device = next(head.parameters()).device
-    parameters = _trainable(backbone, head, settings)
-    adam = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    optimizer = _optimizer(backbone, head, settings)
+    rates = [group["lr"] for group in optimizer.param_groups]
     steps = settings.passes * math.ceil(len(images) / settings.batch)
     losses: list[float] = []
     done = 0
@@ -116,15 +143,15 @@ def fit(
         generator = torch_generator(seed, a_pass)
         total = torch.zeros((), device=device)
         for chosen in _batches(len(images), settings.batch, generator):
-            for group in adam.param_groups:
-                group["lr"] = settings.learning_rate * cosine_rate(done / steps)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * cosine_rate(done / steps)
             batch = images[chosen].to(device, non_blocking=True)
             batch = vary(recolour(batch, settings, generator), settings, generator)
-            each = cross_entropy(head(backbone(batch)), labels[chosen].to(device), reduction="none")
+            each = loss(head(backbone(batch)), labels[chosen].to(device))
             summed = (each * weights[chosen].to(device)).sum()
-            adam.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             (summed / weights[chosen].sum().to(device)).backward()
-            adam.step()
+            optimizer.step()
             total += summed.detach()
             done += 1
             if progress is not None:
@@ -159,10 +186,25 @@ def recolour(images: Tensor, settings: TrainingSettings, generator: torch.Genera
     return torch.where(draw[1] < settings.invert, 1 - grey, grey)
 
 
-def _trainable(backbone: nn.Module, head: nn.Module, settings: TrainingSettings) -> list[nn.Parameter]:
+def _optimizer(backbone: nn.Module, head: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
     backbone.eval()
     backbone.requires_grad_(settings.freeze == "none")
-    return [p for p in (*backbone.parameters(), *head.parameters()) if p.requires_grad]
+    inner, outer = ([p for p in part.parameters() if p.requires_grad] for part in (backbone, head))
+    if not isinstance(settings, RecipeSettings):
+        return torch.optim.Adam([*inner, *outer], lr=settings.learning_rate)
+    slow = settings.learning_rate * settings.backbone_rate
+    groups = [{"params": inner, "lr": slow}, {"params": outer, "lr": settings.learning_rate}]
+    return make_optimizer(groups, settings.optimizer, settings.momentum, settings.weight_decay)
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], kind: Literal["adam", "sgd"], momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Adam, or SGD with Nesterov momentum, over groups that name ``params`` and ``lr``; empty ones are left out."""
+    present = [group for group in groups if group["params"]]
+    if kind == "adam":
+        return torch.optim.Adam(present, weight_decay=weight_decay)
+    return torch.optim.SGD(present, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
 
 
 def _batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -35,8 +35,13 @@ class PrototypeLearner(SessionLearner):
         """Make the rows of the new classes from ``data``; rows of earlier classes stay."""
         features = self.features(data.images)
         made = prototypes(features, data.labels, data.is_generated, self.n_classes, self.generated_weight)
-        self.rows[list(self.new)] = made[list(self.new)]
+        new = torch.tensor(self.new)
+        self.rows[new] = self._placed(made[new], new)
         self.known |= set(self.new)
+
+    def _placed(self, rows: Tensor, classes: Tensor) -> Tensor:
+        """Where class means [m, d] of ``classes`` [m] are put; here, where they are."""
+        return rows
 
     def predict(self, images: Tensor, seen: Sequence[int]) -> Tensor:
         """See :meth:`Learner.predict`."""
@@ -53,6 +58,7 @@ class PrototypeLearner(SessionLearner):
             self.rows,
             self.generated_weight,
             self.temperature,
+            self._placed,
         )
         return only_seen(logits, tuple(seen))
 
