@@ -121,11 +121,20 @@ def _new_class_slots(
 def _learned(
     label: int, class_names: Sequence[str], settings: AugmenterSettings, earlier: Sequence[AugmentedImage]
 ) -> list[str]:
-    """The prompts of all earlier classes, as often as they stand there, about another category; empty with ``base``."""
+    """The rewritten prompts of all earlier classes, as often as they stand there, about another category.
+
+    Empty with ``base``, or where no prompt was rewritten. A prompt that is still the first one has taught nothing.
+    """
     if settings.first_prompts == "base":
         return []
-    parts = [image.prompt.partition(class_names[image.label]) for image in earlier]
-    return [f"{before}{class_names[label]}{after}" for before, word, after in parts if word]
+    names = [class_names[image.label] for image in earlier]
+    first = [settings.base_prompt.format(category=name) for name in names]
+    rewritten = [
+        image.prompt.partition(name)
+        for image, name, base in zip(earlier, names, first, strict=True)
+        if image.prompt != base
+    ]
+    return [f"{before}{class_names[label]}{after}" for before, word, after in rewritten if word]
 
 
 def _replay_slots(

@@ -116,10 +116,13 @@ def test_who_asks_the_vlm(prompts: str, tuning: str, asks: bool, learns: bool) -
 def test_a_new_class_may_start_from_what_earlier_prompts_have_become() -> None:
     earlier = [
         drawn(0, 0, "A picture of a ant, red"),
-        drawn(1, 1, "A picture of a bee"),
-        drawn(1, 2, "an insect"),
+        drawn(1, 1, "A picture of a bee"),  # never rewritten: nothing learned
+        drawn(1, 2, "an insect"),  # its class's word is gone
+        drawn(1, 3, "a small bee"),
     ]
     chosen = settings(first_prompts="learned", min_per_class=4)
     slots = first_slots(session(1, (2,), (0, 1, 2), 1), NAMES, chosen, earlier)
-    assert [s.prompt for s in slots if s.label == 2] == ["A picture of a cat, red", "A picture of a cat"] * 2
+    assert [s.prompt for s in slots if s.label == 2] == ["A picture of a cat, red", "a small cat"] * 2
+    untaught = first_slots(session(1, (2,), (0, 1, 2), 1), NAMES, chosen, earlier[1:3])
+    assert {s.prompt for s in untaught if s.label == 2} == {"A picture of a cat"}
     assert first_slots(session(0, (2,), (2,), 1), NAMES, chosen, [])[0].prompt == "A picture of a cat"

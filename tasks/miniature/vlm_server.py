@@ -10,8 +10,8 @@ form, style, weight, pose, colour and background. What is **rule** is everything
 - *rewrite*: the subject stays the one that the quoted prompt names, and so do weight and pose, if it names any;
   form, style, colour and background are taken from the second description and phrased as the corpus's captions
   are. A prompt that also copied one image's weight and pose would have every image drawn alike. A form that the
-  subject cannot have (a number read as a letter) becomes the plain one. A subject that the corpus does not know
-  keeps the prompt's own words, up to the first comma;
+  subject cannot have (a number read as a letter, a zero as a Roman numeral) becomes the plain one. A subject
+  that the corpus does not know keeps the prompt's own words, up to the first comma;
 - *which one of these classes*: of the names listed, one a line after a dash, the one that equals the category
   read; if none does, that it is none of them;
 - anything else gets a polite answer.
@@ -152,9 +152,10 @@ def choose(category: str, offered: Sequence[str]) -> str:
 def _possible_form(subject: str | None, form: str | None) -> str | None:
     if subject is None or form is None:
         return form
-    if subject in NUMBERS:
-        return "digit" if form == "letter" else form
-    return "letter"
+    if subject not in NUMBERS:
+        return "letter"
+    impossible = {"letter", *(("roman numeral", "tally") if subject == "zero" else ())}
+    return "digit" if form in impossible else form
 
 
 # ---------------------------------------------------------------------------------------- reading images

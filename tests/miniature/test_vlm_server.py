@@ -182,6 +182,11 @@ def test_only_semantic_attributes_make_images_different(name: str, value: str | 
             Read(category="letter Z", form="letter"),
             f"A picture of a two, {LOOK}",
         ),
+        (  # nor is there a Roman zero
+            "A picture of a zero",
+            Read(form="roman numeral", style="printed"),
+            "A picture of a zero, a printed digit, white on a black background",
+        ),
         (
             "a letter B",
             Read(category="eight"),
