@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tasks.classification.backbone import BackboneSettings
+from tasks.classification.backbone import BackboneSettings, pretrained_digest
 from tasks.context import EpochContext
 from tasks.diffusion.checkpoint import weights_digest
 from tasks.diffusion.generator import GeneratorSettings, StableDiffusion
@@ -96,16 +96,14 @@ def learner_identity(
     The path of the pre-trained weights does not, nor how another session trains: so a change of
     ``learner.incremental`` leaves the base session sealed as it is.
     """
-    settings = learner.model_dump(exclude={"backbone": {"checkpoint"}})
+    settings = learner.model_dump(exclude={"backbone": {"checkpoint", "checkpointing"}})
     return {k: v for k, v in settings.items() if k not in {"base", "incremental"} - {training}}
 
 
 @lru_cache(maxsize=4)
 def backbone_digest(backbone: BackboneSettings) -> Digest:
-    """The content id of the pre-trained weights: of the local checkpoint, or of the pinned name."""
-    if backbone.checkpoint is not None:
-        return digest_of(Path(backbone.checkpoint))
-    return Digest(f"timm:{backbone.name}")
+    """The content id of the pre-trained weights: of the local checkpoint, or of the published file."""
+    return pretrained_digest(backbone)
 
 
 @lru_cache(maxsize=1)

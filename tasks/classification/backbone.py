@@ -24,6 +24,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
+from timm.models import PretrainedCfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -120,7 +121,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     else:
         raise _nowhere(path)
     if settings.checkpointing:
-        backbone.network.set_grad_checkpointing(True)
+        cast(Any, backbone.network).set_grad_checkpointing(True)
     return backbone.eval()
 
 
@@ -145,8 +146,7 @@ def _published(settings: BackboneSettings) -> Backbone:
 
 
 def _published_file(name: str) -> Path:
-    _refuse_unknown(name)
-    known = timm.get_pretrained_cfg(name)
+    known = _description(name)
     if known is None or not known.hf_hub_id:
         raise CheckpointError(
             f"no weights are published under the name {name!r}; add a tag to classifier.name, "
@@ -160,7 +160,7 @@ def _published_file(name: str) -> Path:
 
 
 def _from_file(settings: BackboneSettings, path: Path) -> Backbone:
-    _refuse_unknown(settings.name)
+    _description(settings.name)
     return _timm_backbone(settings, settings.name, None, path)
 
 
@@ -171,9 +171,14 @@ def _nowhere(path: Path) -> CheckpointError:
     )
 
 
-def _refuse_unknown(name: str) -> None:
+def _description(name: str) -> PretrainedCfg | None:
+    """What timm knows of published weights; None of a model that has none."""
     if not timm.is_model(name.split(".")[0]):
         raise CheckpointError(f"timm has no model {name!r}; choose another classifier.name")
+    try:
+        return cast(PretrainedCfg | None, timm.get_pretrained_cfg(name))
+    except RuntimeError as error:
+        raise CheckpointError(f"{error} Choose another tag in classifier.name={name!r}") from error
 
 
 def _timm_backbone(
@@ -181,7 +186,7 @@ def _timm_backbone(
 ) -> Backbone:
     """Timm's model ``name`` with weights of a file; ``config`` stands for timm's own description of them."""
     with _own_randomness():
-        network = timm.create_model(name, pretrained_cfg=dict(config) if config else None, num_classes=0)
+        network: Any = timm.create_model(name, pretrained_cfg=dict(config) if config else None, num_classes=0)
     known = resolve_model_data_config(network)
     _load_weights(network, weights, network.pretrained_cfg.get("classifier") or "head")
     own = known["input_size"][-1]
@@ -200,7 +205,7 @@ def _normalised(
 def _from_folder(settings: BackboneSettings, folder: Path) -> Backbone:
     config = _read_config(folder / "config.json")
     if "pretrained_cfg" in config:
-        _refuse_unknown(config["architecture"])
+        _description(config["architecture"])
         return _timm_backbone(settings, config["architecture"], config["pretrained_cfg"], folder / WEIGHTS)
     if str(config["architecture"]).rpartition(".")[2] != ARCHITECTURE:
         raise CheckpointError(
