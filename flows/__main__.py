@@ -210,7 +210,7 @@ def _known_errors() -> tuple[type[Exception], ...]:
     from flows.experiment import RunError
     from flows.replay import ReplayError
     from tasks.store import StoreError
-    from tasks.vlm.client import VlmError
+    from tasks.vlm.transport import VlmError
 
     return (ValueError, RunError, ReplayError, StoreError, VlmError, OSError)
 

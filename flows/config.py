@@ -8,7 +8,7 @@ import difflib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -30,6 +30,7 @@ from tasks.similarity.selection import MiningSettings
 from tasks.store import read_json
 from tasks.tracking import TrackingSettings
 from tasks.vlm.client import VlmSettings
+from tasks.vlm.transport import PACING
 from tasks.vlm.zero_shot import ZeroShotSettings
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -93,7 +94,7 @@ class ExperimentConfig(Frozen):
     @property
     def identity(self) -> dict[str, Any]:
         """What makes a result: everything but where and how it runs and who watches."""
-        return self.model_dump(mode="json", exclude={"runtime", "tracking"})
+        return identity_of(self.model_dump(mode="json"))
 
 
 class WindowsConfig(Frozen):
@@ -105,6 +106,15 @@ class WindowsConfig(Frozen):
 
 
 Settings = TypeVar("Settings", bound=Frozen)
+
+
+def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of dumped settings that makes a result; how fast and at what price a VLM is asked is not."""
+    kept = {key: value for key, value in config.items() if key not in ("runtime", "tracking")}
+    asked = config.get("vlm")
+    if isinstance(asked, Mapping):
+        kept["vlm"] = {key: value for key, value in asked.items() if key not in PACING}
+    return kept
 
 
 def load_config(overrides: Sequence[str]) -> ExperimentConfig:
@@ -132,9 +142,11 @@ def stored_config(folder: Path) -> ExperimentConfig:
     """
     for parent in (folder.resolve(), *folder.resolve().parents):
         if (file := parent / "config.json").is_file():
-            here = load_config([]).model_dump(include={"runtime", "tracking"})
+            here, stored = load_config([]).model_dump(), read_json(file)
+            today = {key: here[key] for key in ("runtime", "tracking")}
+            asked = {**here["vlm"], **cast(Mapping[str, Any], stored.get("vlm", {}))}
             try:
-                return _validated(ExperimentConfig, {**here, **read_json(file)})
+                return _validated(ExperimentConfig, {**today, **stored, "vlm": asked})
             except ConfigError as error:
                 raise ConfigError(
                     f"{file} was written by another version ({error}); move its run folder away and run it again"
@@ -158,7 +170,7 @@ def _validated(model: type[Settings], values: Mapping[Any, Any]) -> Settings:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_pydantic_sentence(error)) from error
+        raise ConfigError(_pydantic_sentence(error)) from None  # its own text repeats every value given
 
 
 def choices(group: str) -> list[str]:

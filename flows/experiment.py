@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import Timeout
 from prefect import flow
 
-from flows.config import ExperimentConfig, differences, load_config
+from flows.config import ExperimentConfig, differences, identity_of, load_config
 from flows.progress import show_experiment
 from flows.session import run_session
 from tasks.classification.backbone import load_backbone
@@ -221,7 +221,7 @@ def _held(store: Store, key: str) -> Iterator[None]:
 def _same_settings(path: Path, config: ExperimentConfig) -> None:
     if not path.is_file():
         return
-    changed = differences(read_json(path), config.identity)
+    changed = differences(identity_of(read_json(path)), config.identity)
     if changed:
         raise RunError(
             f"{path.parent} was written with other settings ({'; '.join(changed)}). "

@@ -57,6 +57,8 @@ def show_experiment(record: ExperimentRecord) -> None:
 def budget(images: int, usage: Usage, unparsed: int) -> str:
     """What was drawn and asked, in words; answers that could not be read are named where there are any."""
     text = f"{images:,} images drawn, {usage.calls:,} VLM calls, {usage.tokens:,} tokens"
+    if usage.cost is not None:
+        text += f", cost {usage.cost:.2f}"
     return f"{text}, {unparsed:,} unparsed" if unparsed else text
 
 

@@ -32,6 +32,7 @@ from tasks.loading import (
     session_of,
     training_data,
     vlm_digest,
+    vlm_for,
 )
 from tasks.records import (
     ArtifactRef,
@@ -47,7 +48,6 @@ from tasks.records import (
 from tasks.store import StageFolder, write_lines
 from tasks.vlm.cassette import write_transcript
 from tasks.vlm.client import VlmSettings
-from tasks.vlm.factory import open_client
 from tasks.vlm.zero_shot import Classified, classify
 
 VERSION = 1
@@ -143,7 +143,7 @@ def evaluate_zero_shot(
     def compute(work: StageFolder) -> TestEvaluation:
         with tqdm(desc=f"session {context.session}: VLM names classes", disable=None, leave=False) as bar:
             found = classify(
-                open_client(vlm, base_url=vlm_url, cache=context.runtime.state / "vlm"),
+                vlm_for(context, vlm, vlm_url),
                 original_paths(context, session.test),
                 names,
                 vlm.max_side,

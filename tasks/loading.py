@@ -20,7 +20,9 @@ from tasks.learners.base import Learner, TrainingData
 from tasks.learners.factory import LearnerSettings, make_learner
 from tasks.records import ArtifactRef, AugmentedImage, Digest, ImageRef, Session
 from tasks.store import Store, digest_of, read_lines
-from tasks.vlm.client import VlmSettings
+from tasks.vlm.client import ChatClient, VlmSettings
+from tasks.vlm.factory import open_client
+from tasks.vlm.transformers_client import model_digest
 
 MINIATURE_CAPTIONER = Path(__file__).resolve().parent / "miniature" / "weights" / "captioner"
 
@@ -127,9 +129,23 @@ def generator_digest(settings: GeneratorSettings) -> Digest:
     return weights_digest(settings.source)
 
 
+def vlm_for(context: EpochContext, settings: VlmSettings, vlm_url: str | None) -> ChatClient:
+    """The VLM, behind the state's answers, with the run's account of what it paid."""
+    state = context.runtime.state
+    return open_client(
+        settings,
+        base_url=vlm_url,
+        cache=state / "vlm",
+        ledger=state / "runs" / context.run / "vlm-paid.jsonl",
+        device=context.runtime.torch_device,
+    )
+
+
 @lru_cache(maxsize=4)
 def vlm_digest(settings: VlmSettings) -> Digest | None:
-    """The content id of the VLM's weights where the project ships them; a provider's model is its name."""
+    """The content id of the VLM's weights where they are at hand; a provider's model is its name."""
+    if settings.kind == "transformers":
+        return model_digest(settings)
     return (
         digest_of(MINIATURE_CAPTIONER) if settings.kind == "miniature" and settings.base_url is None else None
     )

@@ -299,17 +299,28 @@ class Verdict(Frozen):
 
 
 class Usage(Frozen):
-    """What the VLM was asked for: logical calls of the epoch, whether answered now or from the cache."""
+    """What a provider was asked for: logical calls of the epoch, whether answered now or from the cache.
+
+    ``cost`` is what the answers cost when they were bought, in the currency of the prices that were set then;
+    None, and not written, where no price was known.
+    """
 
     calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cost: float | None = Field(default=None, exclude_if=lambda cost: cost is None)
 
     @classmethod
     def total(cls, parts: Iterable["Usage"]) -> Self:
-        """The sum of several."""
+        """The sum of several; the cost is that of the parts whose cost is known."""
         listed = tuple(parts)
-        return cls(**{name: sum(getattr(part, name) for part in listed) for name in cls.model_fields})
+        costs = [part.cost for part in listed if part.cost is not None]
+        return cls(
+            calls=sum(part.calls for part in listed),
+            prompt_tokens=sum(part.prompt_tokens for part in listed),
+            completion_tokens=sum(part.completion_tokens for part in listed),
+            cost=sum(costs) if costs else None,
+        )
 
     @property
     def tokens(self) -> int:

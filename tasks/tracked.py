@@ -113,7 +113,7 @@ def result_metrics(record: ExperimentRecord) -> dict[str, float]:
     }
 
 
-def _usage(usage: Usage) -> dict[str, int]:
+def _usage(usage: Usage) -> dict[str, float]:
     return {f"vlm_{name}": value for name, value in usage.model_dump().items()}
 
 

@@ -22,13 +22,13 @@ from tasks.loading import (
     generator_for,
     original_paths,
     vlm_digest,
+    vlm_for,
 )
 from tasks.records import Cluster, Comparing, FailurePair, ImageRef, Mining, StageRecord, Verdict
 from tasks.store import StageFolder, read_lines, write_lines
 from tasks.vlm.cassette import write_transcript
 from tasks.vlm.client import VlmSettings
 from tasks.vlm.coordinator import Coordinator, PairToJudge
-from tasks.vlm.factory import open_client
 
 VERSION = 2  # 2: with fixed prompts no rewriting is asked for
 
@@ -50,8 +50,7 @@ def vlm_compare(
         with tqdm(
             desc=f"session {context.session} epoch {context.epoch}: VLM", disable=None, leave=False
         ) as bar:
-            client = open_client(vlm, base_url=vlm_url, cache=context.runtime.state / "vlm")
-            result = Coordinator(client, vlm).judge_all(
+            result = Coordinator(vlm_for(context, vlm, vlm_url), vlm).judge_all(
                 _pairs(context, mining),
                 fits,
                 lambda phase, done, total: bar.set_postfix_str(f"{phase} {done}/{total}"),

@@ -14,10 +14,10 @@ from tasks.vlm.client import (
     Reply,
     Request,
     Sampling,
-    VlmError,
     key_of,
     request_key,
 )
+from tasks.vlm.transport import VlmError
 
 
 class MissingAnswerError(VlmError):

@@ -13,25 +13,17 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from tasks.images import to_data_url
 from tasks.records import Digest, Frozen, Usage
+from tasks.vlm.transport import TransportSettings
 
 Detail = Literal["low", "high", "auto"]
 OnReply = Callable[[int, "Reply"], None]
 """Called with a request's index as soon as its reply is there, in any order."""
-
-
-class VlmError(RuntimeError):
-    """The VLM did not answer as it should; the message names what to change."""
-
-
-class VlmUnavailableError(VlmError):
-    """Nobody answers at the VLM's address, or it refuses the key or the model."""
 
 
 # ---------------------------------------------------------------------------------------- settings
@@ -46,31 +38,30 @@ class Sampling(Frozen):
     detail: Detail
 
 
-class VlmSettings(Frozen):
+class VlmSettings(TransportSettings):
     """Which VLM is asked, and how.
 
     ``miniature`` is the server that the run starts for itself, ``openai`` any OpenAI-compatible endpoint,
-    ``cassette`` a recorded transcript. ``api_key_env`` names an environment variable; the key itself is
-    in no setting. ``temperature=None`` leaves it to the provider, which some models insist on.
+    ``transformers`` a model in this process (``model`` is its folder or its name on a hub), ``cassette`` a
+    recorded transcript. ``temperature=None`` leaves it to the provider, which some models insist on.
+    ``revision``, ``dtype`` and ``batch`` are read only for ``transformers``.
 
     Raises:
-        ValueError: a cassette without transcript, a transcript that nobody would read, or an address that is
-            none or holds a secret.
+        ValueError: a cassette without transcript, a transcript that nobody would read, a temperature where
+            answers are the likeliest ones, or what :class:`TransportSettings` refuses.
     """
 
-    kind: Literal["miniature", "openai", "cassette"]
+    kind: Literal["miniature", "openai", "transformers", "cassette"]
     model: str = Field(min_length=1)
-    base_url: str | None
-    api_key_env: str | None
     temperature: float | None = Field(ge=0)
     max_tokens: int = Field(ge=1)
     token_limit_field: Literal["max_tokens", "max_completion_tokens"]
-    timeout_s: float = Field(gt=0)
-    max_retries: int = Field(ge=0)
-    concurrency: int = Field(ge=1)
     detail: Detail
     max_side: int = Field(ge=1)
     transcript: Path | None
+    revision: str | None
+    dtype: Literal["float32", "bfloat16"] | None
+    batch: int | None = Field(ge=1)
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
@@ -83,10 +74,10 @@ class VlmSettings(Frozen):
                 f"vlm.transcript={self.transcript} is read only with vlm.kind=cassette, not {self.kind}; "
                 "set it to null"
             )
-        if self.base_url is not None and not _is_address(self.base_url):
+        if self.kind == "transformers" and (self.temperature or self.dtype is None or self.batch is None):
             raise ValueError(
-                "vlm.base_url must look like http://host:port/v1, without a name or password in it; "
-                "a key goes into the environment variable that vlm.api_key_env names"
+                f"vlm.kind=transformers gives the likeliest answer, in batches: set vlm.temperature=0 (it is "
+                f"{self.temperature}), vlm.dtype (it is {self.dtype}) and vlm.batch (it is {self.batch})"
             )
         return self
 
@@ -99,13 +90,11 @@ class VlmSettings(Frozen):
 
     @property
     def identity(self) -> dict[str, object]:
-        """What a stage that asks the VLM puts into its fingerprint."""
-        return {**self.sampling.model_dump(), "max_side": self.max_side}
-
-
-def _is_address(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+        """What a stage that asks the VLM puts into its fingerprint: nothing of where, how fast and at what price."""
+        asked = {**self.sampling.model_dump(), "max_side": self.max_side}
+        if self.kind != "transformers":
+            return asked
+        return {**asked, "model": Path(self.model).name, "dtype": self.dtype, "batch": self.batch}
 
 
 # ---------------------------------------------------------------------------------------- messages

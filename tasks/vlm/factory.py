@@ -4,37 +4,57 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+import torch
+
 from tasks.vlm.cache import CachedClient
 from tasks.vlm.cassette import Cassette
-from tasks.vlm.client import ChatClient, VlmSettings, VlmUnavailableError
+from tasks.vlm.client import ChatClient, VlmSettings
 from tasks.vlm.openai_client import OpenAiClient
+from tasks.vlm.transformers_client import TransformersClient
+from tasks.vlm.transport import VlmUnavailableError
 
 
-def open_client(settings: VlmSettings, *, base_url: str | None, cache: Path) -> ChatClient:
+def open_client(
+    settings: VlmSettings,
+    *,
+    base_url: str | None,
+    cache: Path,
+    ledger: Path | None = None,
+    device: torch.device | None = None,
+) -> ChatClient:
     """The client that the settings ask for.
 
     The miniature's server names its model by its weights' digest, and that name goes into the keys: answers
-    of other weights are never taken from the cache.
+    of other weights are never taken from the cache. A local model's name gets its folder's digest.
 
     Args:
         settings: which VLM, and how.
         base_url: address of a server that the run started itself; goes before ``settings.base_url``.
         cache: folder of the answers; a cassette does not use it.
+        ledger: file of what the run has paid; None keeps no account.
+        device: where a local model computes; None: on the CPU.
 
     Raises:
-        VlmError: the transcript cannot be read, or the miniature's server cannot be reached.
+        VlmError: the transcript or the model cannot be read, or the miniature's server cannot be reached.
     """
-    client = _client(settings, base_url)
+    client = _client(settings, base_url, ledger, device)
     return client if isinstance(client, Cassette) else CachedClient(client, cache)
 
 
-def _client(settings: VlmSettings, base_url: str | None) -> ChatClient:
+def _client(
+    settings: VlmSettings,
+    base_url: str | None,
+    ledger: Path | None = None,
+    device: torch.device | None = None,
+) -> ChatClient:
     if settings.kind == "cassette":
         assert settings.transcript is not None, "validated with the settings"
         return Cassette.from_file(settings.transcript, settings.sampling)
+    if settings.kind == "transformers":
+        return TransformersClient(settings, device or torch.device("cpu"))
     if settings.kind == "miniature":
         settings = _with_served_model(settings, base_url)
-    return OpenAiClient(settings, base_url)
+    return OpenAiClient(settings, base_url, ledger)
 
 
 def _with_served_model(settings: VlmSettings, base_url: str | None) -> VlmSettings:

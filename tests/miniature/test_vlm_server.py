@@ -25,10 +25,11 @@ from tasks.miniature.vlm_server import (
     similar,
 )
 from tasks.vlm import prompts
-from tasks.vlm.client import Message, Picture, Request, VlmError, VlmSettings, VlmUnavailableError
+from tasks.vlm.client import Message, Picture, Request, VlmSettings
 from tasks.vlm.coordinator import Coordinator, PairToJudge
 from tasks.vlm.factory import check_vlm, open_client
 from tasks.vlm.openai_client import OpenAiClient
+from tasks.vlm.transport import VlmError, VlmUnavailableError
 
 KEY = "sk-planted-0123456789"
 
@@ -95,6 +96,14 @@ def settings(**changes: object) -> VlmSettings:
         "detail": "low",
         "max_side": 64,
         "transcript": None,
+        "requests_per_minute": None,
+        "tokens_per_minute": None,
+        "price_in": None,
+        "price_out": None,
+        "max_cost": None,
+        "revision": None,
+        "dtype": None,
+        "batch": None,
     }
     return VlmSettings(**{**values, **changes})
 

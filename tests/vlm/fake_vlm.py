@@ -1,13 +1,15 @@
 """A VLM that follows written rules, counts what it is asked, and can fail on demand."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
 
 from tasks.records import Usage
-from tasks.vlm.client import ChatClient, OnReply, Reply, Request, Sampling, VlmError, VlmSettings
+from tasks.vlm.client import ChatClient, OnReply, Reply, Request, Sampling, VlmSettings
 from tasks.vlm.coordinator import PairToJudge
 from tasks.vlm.prompts import COMPARE, DESCRIBE
+from tasks.vlm.transport import VlmError
 
 SETTINGS = VlmSettings(
     kind="openai",
@@ -23,17 +25,23 @@ SETTINGS = VlmSettings(
     detail="low",
     max_side=64,
     transcript=None,
+    requests_per_minute=None,
+    tokens_per_minute=None,
+    price_in=None,
+    price_out=None,
+    max_cost=None,
+    revision=None,
+    dtype=None,
+    batch=None,
 )
 
 
-class FakeVlm(ChatClient):
-    """Captions an image by name; says YES to equal captions; rewrites to ``like <caption>``."""
+class ScriptedVlm(ChatClient):
+    """Answers by ``text``, keeps what it was asked, and dies before the request of number ``fail_at``."""
 
-    def __init__(self, names: dict[str, str], answer: Callable[[str, str, int], str] | None = None) -> None:
-        self.names = names  # caption by image digest
-        self.answer = answer or (lambda a, b, _sample: "YES" if a == b else "NO")
+    def __init__(self, fail_at: int | None = None) -> None:
         self.asked: list[Request] = []
-        self.fail_at: int | None = None
+        self.fail_at = fail_at
 
     @property
     def sampling(self) -> Sampling:
@@ -42,6 +50,10 @@ class FakeVlm(ChatClient):
     def check(self) -> None:
         return
 
+    @abstractmethod
+    def text(self, request: Request) -> str:
+        """What is answered."""
+
     def complete_all(self, requests: Sequence[Request], on_reply: OnReply | None = None) -> list[Reply]:
         replies = []
         for index, request in enumerate(requests):
@@ -49,12 +61,21 @@ class FakeVlm(ChatClient):
                 raise VlmError("killed")
             self.asked.append(request)
             usage = Usage(calls=1, prompt_tokens=10, completion_tokens=2)
-            replies.append(Reply(text=self._text(request), usage=usage, model="fake-1"))
+            replies.append(Reply(text=self.text(request), usage=usage, model="fake-1"))
             if on_reply:
                 on_reply(index, replies[-1])
         return replies
 
-    def _text(self, request: Request) -> str:
+
+class FakeVlm(ScriptedVlm):
+    """Captions an image by name; says YES to equal captions; rewrites to ``like <caption>``."""
+
+    def __init__(self, names: dict[str, str], answer: Callable[[str, str, int], str] | None = None) -> None:
+        super().__init__()
+        self.names = names  # caption by image digest
+        self.answer = answer or (lambda a, b, _sample: "YES" if a == b else "NO")
+
+    def text(self, request: Request) -> str:
         last = request.messages[-1]
         if last.text == DESCRIBE:
             return self.names[last.pictures[0].digest]

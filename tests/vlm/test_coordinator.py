@@ -84,8 +84,8 @@ def test_without_a_caption_there_is_no_judgement() -> None:
 
 def test_a_rewriting_that_says_nothing_keeps_the_prompt_but_stays_semantic() -> None:
     class Silent(FakeVlm):
-        def _text(self, request: Request) -> str:
-            text = super()._text(request)
+        def text(self, request: Request) -> str:
+            text = super().text(request)
             return "" if text.startswith('"like') else text
 
     (verdict,) = judge(Silent(names(dog=1, cat=2)), pair("a", 1, {"o": 2})).verdicts

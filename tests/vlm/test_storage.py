@@ -17,14 +17,13 @@ from tasks.vlm.client import (
     Message,
     Picture,
     Request,
-    VlmError,
     VlmSettings,
-    VlmUnavailableError,
     request_key,
 )
 from tasks.vlm.coordinator import Coordinator, JudgeResult
 from tasks.vlm.factory import check_vlm, open_client
 from tasks.vlm.prompts import DESCRIBE
+from tasks.vlm.transport import VlmError, VlmUnavailableError
 
 NAMES = {Picture.of(image(v), 64).digest: name for v, name in [(1, "dog"), (2, "cat"), (3, "cow")]}
 PAIRS = [pair("a", 1, {"o1": 2, "o2": 3}), pair("b", 2, {"o1": 2, "o2": 3})]

@@ -1,11 +1,10 @@
 """The VLM as classifier: the request, the strict reading of its answer, what is counted, and who is not asked twice."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from fake_vlm import SETTINGS
+from fake_vlm import SETTINGS, ScriptedVlm
 from torch import Tensor
 
 from tasks.images import save_png
@@ -13,8 +12,9 @@ from tasks.miniature.reader import Reading
 from tasks.miniature.vlm_server import choose, serve
 from tasks.records import Usage
 from tasks.vlm.cache import CachedClient
-from tasks.vlm.client import ChatClient, OnReply, Picture, Reply, Request, Sampling, VlmError
+from tasks.vlm.client import Picture, Request
 from tasks.vlm.openai_client import OpenAiClient
+from tasks.vlm.transport import VlmError
 from tasks.vlm.zero_shot import CHUNK, classify, name_one, parse_class, refuse_alike
 
 DIGITS = ("zero", "one", "two", "three", "seven")
@@ -131,33 +131,15 @@ def test_names_that_no_answer_can_tell_apart_are_refused(names: list[str], says:
 # ------------------------------------------------------------------------------------------ asking
 
 
-class Namer(ChatClient):
-    """Names images by their content's digest; may be killed after some answers."""
+class Namer(ScriptedVlm):
+    """Names images by their content's digest."""
 
-    def __init__(self, texts: dict[str, str], dies_at: int | None = None) -> None:
+    def __init__(self, texts: dict[str, str], fail_at: int | None = None) -> None:
+        super().__init__(fail_at)
         self.texts = texts
-        self.dies_at = dies_at
-        self.asked: list[Request] = []
 
-    @property
-    def sampling(self) -> Sampling:
-        return SETTINGS.sampling
-
-    def check(self) -> None:
-        return
-
-    def complete_all(self, requests: Sequence[Request], on_reply: OnReply | None = None) -> list[Reply]:
-        replies = []
-        for index, request in enumerate(requests):
-            if len(self.asked) == self.dies_at:
-                raise VlmError("killed")
-            self.asked.append(request)
-            text = self.texts[request.messages[0].pictures[0].digest]
-            usage = Usage(calls=1, prompt_tokens=10, completion_tokens=1)
-            replies.append(Reply(text=text, usage=usage, model="fake-1"))
-            if on_reply:
-                on_reply(index, replies[-1])
-        return replies
+    def text(self, request: Request) -> str:
+        return self.texts[request.messages[0].pictures[0].digest]
 
 
 def images(folder: Path, count: int) -> tuple[list[Path], dict[str, str]]:
@@ -176,7 +158,7 @@ def test_unparsed_answers_are_no_class_and_are_counted(tmp_path: Path) -> None:
     found = classify(Namer(texts), paths, DIGITS, 64, lambda *step: told.append(step))
     assert found.places == [2 if n % 3 else None for n in range(CHUNK + 5)]
     assert found.unparsed == 23
-    assert found.usage == Usage(calls=69, prompt_tokens=690, completion_tokens=69)
+    assert found.usage == Usage(calls=69, prompt_tokens=690, completion_tokens=138)
     assert len(found.exchanges) == 69
     assert told[-1] == ("classes", 69, 69)
 
@@ -190,7 +172,7 @@ def test_equal_images_are_asked_about_once(tmp_path: Path) -> None:
 
 def test_after_a_kill_only_what_is_unanswered_is_asked(tmp_path: Path) -> None:
     paths, texts = images(tmp_path, 9)
-    dying, alive = Namer(texts, dies_at=4), Namer(texts)
+    dying, alive = Namer(texts, fail_at=4), Namer(texts)
     with pytest.raises(VlmError, match="killed"):
         classify(CachedClient(dying, tmp_path / "cache"), paths, DIGITS, 64)
     resumed = classify(CachedClient(alive, tmp_path / "cache"), paths, DIGITS, 64)

@@ -1,0 +1,315 @@
+"""Many requests to one OpenAI-compatible address, through the official library: the only import of it.
+
+A fixed number of workers draw from the list of requests, so that concurrency is bounded; each attempt keeps
+the pace (requests and tokens per minute) and is tried again, with backoff or after the time that the server
+asks for, where trying again may help. The library's own retries are off: they would not keep the pace.
+When a request fails for good or the budget is used up, no new one is sent, those under way are waited for -
+they are paid for - and then the error is raised. A failed attempt is taken to cost nothing.
+
+The key is read from the environment when a connection is opened, is kept in no attribute of this project's,
+and is blotted out of all that comes back, answers included.
+"""
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import openai
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+from tasks.records import Usage
+from tasks.vlm.budget import Budget
+from tasks.vlm.pacing import LONGEST_WAIT, Backoff, Pace, retry_after
+from tasks.vlm.transport import BudgetError, TransportSettings, VlmError, VlmUnavailableError
+
+log = logging.getLogger("fscil.vlm")
+logging.getLogger("httpcore2").setLevel(logging.INFO)  # its debug lines hold all headers
+
+NO_KEY = "none"
+"""Sent to servers that ask for no key, so that a key meant for another provider never reaches them."""
+
+Connection = AsyncOpenAI
+Send = Callable[[AsyncOpenAI], Awaitable[Any]]
+OUT_OF_CREDIT = ("insufficient_quota", "billing_hard_limit_reached")
+
+
+class Answered(Protocol):
+    """What a call gives: it knows what it cost."""
+
+    @property
+    def usage(self) -> Usage:
+        """Of this one answer."""
+
+
+T = TypeVar("T")
+A = TypeVar("A", bound=Answered)
+
+
+class BrokenReplyError(Exception):
+    """A reply that is none; asking again may help."""
+
+
+@dataclass(frozen=True)
+class Call(Generic[A]):
+    """One request: how it is sent, how its reply is read, and at most what usage it will have.
+
+    ``read`` is given the library's reply and a function that blots out the key; it raises
+    :class:`BrokenReplyError` where there is nothing to be read. ``refused`` stands in for what moderation
+    refuses; None makes that an error.
+    """
+
+    send: Send
+    read: Callable[[Any, Callable[[str], str]], A]
+    worst: Callable[[], Usage]
+    refused: Callable[[], A] | None = None
+
+
+class Endpoint:
+    """One provider's address."""
+
+    def __init__(
+        self,
+        settings: TransportSettings,
+        base_url: str | None = None,
+        ledger: Path | None = None,
+        *,
+        direct: bool = False,
+        backoff: Backoff | None = None,
+    ) -> None:
+        """Make ready; nothing is sent yet.
+
+        Args:
+            settings: address, limits, prices.
+            base_url: in place of the settings' own.
+            ledger: file of what the run has paid; None keeps no account beyond this object.
+            direct: past any proxy that the environment names.
+            backoff: how long to wait after failures.
+        """
+        self._settings = settings
+        self._base_url = base_url or settings.base_url
+        self._direct = direct
+        self._backoff = backoff or Backoff()
+        self._pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
+        self._budget = Budget(settings, ledger)
+        self._stopping: list[Exception] = []
+
+    @property
+    def paid(self) -> Usage:
+        """What the run has paid here so far."""
+        return self._budget.paid
+
+    def try_once(self, send: Callable[[AsyncOpenAI], Coroutine[Any, Any, T]]) -> T:
+        """Send one request, without trying again and outside the budget.
+
+        Raises:
+            VlmError: see :meth:`answer_all`.
+        """
+
+        async def work(client: AsyncOpenAI) -> T:
+            try:
+                return await send(client)
+            except openai.OpenAIError as error:
+                raise self._in_one_sentence(error) from None
+
+        return self._connected(work)
+
+    def answer_all(self, calls: Sequence[Call[A]], on_answer: Callable[[int, A], None]) -> list[A]:
+        """Answers in the order of the calls; ``on_answer`` is told each with its index as it comes, then it is paid.
+
+        Raises:
+            VlmUnavailableError: no connection, no key, a refused key or an unknown model.
+            BudgetError: the budget is used up.
+            VlmError: a request was not answered.
+        """
+        answers: dict[int, A] = {}
+        todo, self._stopping = iter(enumerate(calls)), []
+
+        async def worker(client: AsyncOpenAI) -> None:
+            for index, call in todo:
+                if self._stopping:
+                    return
+                try:
+                    await self._buy(client, call, lambda answer, i=index: keep(i, answer))  # type: ignore[misc]
+                except Exception as error:  # raised by the first caller, below, when the others have finished
+                    self._stopping.append(error)
+
+        def keep(index: int, answer: A) -> None:
+            answers[index] = answer
+            on_answer(index, answer)
+
+        async def work(client: AsyncOpenAI) -> None:
+            await asyncio.gather(
+                *(worker(client) for _ in range(min(self._settings.concurrency, len(calls))))
+            )
+
+        if calls:
+            self._connected(work)
+        if self._stopping:
+            first = self._stopping[0]
+            raise self._budget.used_up() if isinstance(first, BudgetError) else first
+        return [answers[index] for index in range(len(calls))]
+
+    # ------------------------------------------------------------------------------------ one request
+
+    async def _buy(self, client: AsyncOpenAI, call: Call[A], keep: Callable[[A], None]) -> None:
+        worst = call.worst()
+        self._budget.reserve(worst)
+        try:
+            answer = await self._insist(client, call, worst)
+            keep(answer)
+        except BaseException:
+            self._budget.release(worst)
+            raise
+        self._budget.settle(worst, answer.usage)
+
+    async def _insist(self, client: AsyncOpenAI, call: Call[A], worst: Usage) -> A:
+        attempt = 0
+        while True:
+            await asyncio.sleep(self._pace.reserve(worst.tokens))
+            try:
+                answer = call.read(await call.send(client), self._without_key)
+            except (openai.OpenAIError, BrokenReplyError, json.JSONDecodeError) as error:
+                if call.refused is not None and _moderated(error):
+                    return call.refused()
+                if (wait := self._wait(error, attempt)) is None:
+                    raise self._in_one_sentence(error) from None
+                attempt += 1
+                log.info("%s, waiting %.1f s before retry %d", type(error).__name__, wait, attempt)
+            else:
+                self._pace.correct(worst.tokens, answer.usage.tokens)
+                return answer
+            await asyncio.sleep(wait)
+
+    def _wait(self, error: Exception, attempt: int) -> float | None:
+        """Seconds before the next attempt; None where there shall be none."""
+        if attempt >= self._settings.max_retries or self._stopping or not _may_pass(error):
+            return None
+        asked = retry_after(_headers(error))
+        if asked is None:
+            return self._backoff.seconds(attempt)
+        if asked > LONGEST_WAIT:
+            return None
+        self._pace.hold(asked)
+        return asked + self._backoff.seconds(0) - self._backoff.first_s / 2
+
+    # ------------------------------------------------------------------------------------ the connection
+
+    def _connected(self, work: Callable[[AsyncOpenAI], Coroutine[Any, Any, T]]) -> T:
+        async def connected() -> T:
+            async with self._connect() as client:
+                return await work(client)
+
+        return _run_here(connected)
+
+    def _connect(self) -> AsyncOpenAI:
+        return AsyncOpenAI(
+            api_key=self._key(),
+            base_url=self._base_url,
+            timeout=self._settings.timeout_s,
+            max_retries=0,
+            http_client=DefaultAsyncHttpxClient(trust_env=False) if self._direct else None,
+        )
+
+    def _key(self) -> str:
+        s, name = self._settings, self._settings.api_key_env
+        if name is None:
+            return NO_KEY
+        if not (key := os.environ.get(name, "").strip()):
+            raise VlmUnavailableError(
+                f"the environment variable {name} holds no key for the {s.noun}; export {name}=..., "
+                f"set {s.group}.api_key_env=null for a server without keys, or {s.instead}"
+            )
+        return key
+
+    def _without_key(self, text: str) -> str:
+        key = os.environ.get(self._settings.api_key_env or "", "").strip()
+        return text.replace(key, "***") if key else text
+
+    # ------------------------------------------------------------------------------------ errors
+
+    def _in_one_sentence(self, error: Exception) -> VlmError:
+        s, address = self._settings, self._base_url or "the provider's address"
+        who = f"the {s.noun} at {address}"
+        said = self._without_key(" ".join(str(getattr(error, "message", error)).split()))[:300]
+        if isinstance(error, openai.APITimeoutError):
+            return VlmUnavailableError(
+                f"{who} did not answer within {s.timeout_s:g} s; "
+                f"raise {s.group}.timeout_s or lower {s.group}.concurrency"
+            )
+        if isinstance(error, openai.APIConnectionError):
+            cause = self._without_key(str(error.__cause__ or said))
+            return VlmUnavailableError(
+                f"no {s.noun} answers at {address} ({cause}); "
+                f"start the server there, correct {s.group}.base_url, or {s.instead}"
+            )
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            return VlmUnavailableError(
+                f"{who} refuses the key of {s.api_key_env or f'{s.group}.api_key_env=null'}: {said}; "
+                f"put a valid key into the variable that {s.group}.api_key_env names"
+            )
+        if isinstance(error, openai.NotFoundError):
+            return VlmUnavailableError(
+                f"{who} knows no model {getattr(s, 'model', None)!r} or no such request: {said}; "
+                f"correct {s.group}.model or {s.group}.base_url"
+            )
+        if isinstance(error, openai.RateLimitError):
+            return VlmError(
+                f"{who} takes no more requests for now: {said}; what was answered is kept: lower {s.group}.concurrency, "
+                f"set {s.group}.requests_per_minute and {s.group}.tokens_per_minute to your account's, and run it again"
+            )
+        if isinstance(error, BrokenReplyError | json.JSONDecodeError):
+            return VlmError(f"{who} sent {said}; check that {s.group}.base_url ends in /v1")
+        return VlmError(f"{who} did not answer: {type(error).__name__}: {said}")
+
+
+def _headers(error: Exception) -> Mapping[str, str]:
+    return error.response.headers if isinstance(error, openai.APIStatusError) else {}
+
+
+def _code(error: Exception) -> str:
+    return str(getattr(error, "code", None) or "")
+
+
+def _moderated(error: Exception) -> bool:
+    codes = ("content_filter", "content_policy_violation", "moderation_blocked")
+    return isinstance(error, openai.BadRequestError) and _code(error) in codes
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may be answered when it is sent again."""
+    if isinstance(error, openai.APIStatusError):
+        if (told := error.response.headers.get("x-should-retry")) in ("true", "false"):
+            return told == "true"
+        if _code(error) in OUT_OF_CREDIT:
+            return False
+        return error.status_code in (408, 409, 429) or error.status_code >= 500
+    broken = openai.APIConnectionError | openai.APIResponseValidationError
+    return isinstance(error, broken | BrokenReplyError | json.JSONDecodeError)
+
+
+def _run_here(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine to its end, also where an event loop already runs in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(work())).result()
+
+
+async def served_models(client: AsyncOpenAI) -> list[str]:
+    """The models that a server lists; empty if it has no such list."""
+    try:
+        return [model.id for model in (await client.models.list()).data or []]
+    except (openai.NotFoundError, openai.APIResponseValidationError):
+        return []
+    except openai.APIStatusError as error:
+        if error.status_code in (405, 501):
+            return []
+        raise
