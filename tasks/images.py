@@ -51,10 +51,15 @@ def load_image(path: Path, size: int | None) -> Tensor:
     Raises:
         UnreadableImageError: Names the path and what is wrong with it.
     """
+    return load_pixels(path, size).float() / 255
+
+
+def load_pixels(path: Path, size: int | None) -> Tensor:
+    """Read one picture as :func:`load_image` does, as it is stored: uint8 [3, h, w]."""
     picture = _open_rgb(path)
     if size is not None and picture.size != (size, size):
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture, dtype=np.float32) / 255.0).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 def load_images(paths: Sequence[Path], size: int) -> Tensor:

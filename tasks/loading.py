@@ -15,7 +15,7 @@ from tasks.classification.backbone import BackboneSettings, pretrained_digest
 from tasks.context import EpochContext
 from tasks.diffusion.checkpoint import weights_digest
 from tasks.diffusion.generator import GeneratorSettings, StableDiffusion
-from tasks.images import load_images
+from tasks.image_cache import MEBIBYTE, ImageCache
 from tasks.learners.base import Learner, TrainingData
 from tasks.learners.factory import LearnerSettings, make_learner
 from tasks.records import ArtifactRef, AugmentedImage, Digest, ImageRef, Session
@@ -44,7 +44,7 @@ def original_paths(context: EpochContext, images: Sequence[ImageRef]) -> list[Pa
 
 def originals(context: EpochContext, images: Sequence[ImageRef]) -> Tensor:
     """Original images as one tensor [n, 3, size, size] in [0, 1]."""
-    return load_images(original_paths(context, images), context.dataset.size)
+    return _images(context, images, [], context.dataset.size)
 
 
 def augmented_images(context: EpochContext) -> list[AugmentedImage]:
@@ -65,16 +65,27 @@ def augmented_tensors(
     context: EpochContext, images: Sequence[AugmentedImage], size: int | None = None
 ) -> Tensor:
     """Generated images as one tensor [n, 3, size, size] in [0, 1]."""
-    return load_images(augmented_paths(context, images), size or context.dataset.size)
+    return _images(context, [], images, size or context.dataset.size)
+
+
+def _images(
+    context: EpochContext, images: Sequence[ImageRef], generated: Sequence[AugmentedImage], size: int
+) -> Tensor:
+    paths = original_paths(context, images) + (augmented_paths(context, generated) if generated else [])
+    digests = [image.digest for image in (*images, *generated)]
+    return _cache(context.runtime.image_cache).load(paths, digests, size)
+
+
+@lru_cache(maxsize=1)
+def _cache(mebibytes: int) -> ImageCache:
+    return ImageCache(mebibytes * MEBIBYTE)
 
 
 def training_data(context: EpochContext, session: Session) -> TrainingData:
     """The session's originals, then A_k."""
-    images, labels = originals(context, session.train), [image.label for image in session.train]
     generated = augmented_images(context)
-    if generated:
-        images = torch.cat([images, augmented_tensors(context, generated)])
-        labels += [image.label for image in generated]
+    images = _images(context, session.train, generated, context.dataset.size)
+    labels = [image.label for image in (*session.train, *generated)]
     is_generated = torch.arange(len(labels)) >= len(session.train)
     return TrainingData(images=images, labels=torch.tensor(labels), is_generated=is_generated)
 

@@ -4,15 +4,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from tasks.records import Frozen
 
 
 class RuntimeSettings(Frozen):
-    """Device and precision. Device is left out of every fingerprint; precision is part of the generator's."""
+    """Device, threads, folders, and how many MiB of decoded pictures are kept; no fingerprint covers them."""
 
     device: Literal["auto", "cpu", "cuda"]
     threads: int | None
+    image_cache: int = Field(default=2048, ge=0)
     state: Path
     runs: Path
 

@@ -191,7 +191,7 @@ def _optimizer(backbone: nn.Module, head: nn.Module, settings: TrainingSettings)
     backbone.requires_grad_(settings.freeze == "none")
     inner, outer = ([p for p in part.parameters() if p.requires_grad] for part in (backbone, head))
     if not isinstance(settings, RecipeSettings):
-        return torch.optim.Adam([*inner, *outer], lr=settings.learning_rate)
+        return torch.optim.Adam([*inner, *outer], lr=settings.learning_rate, fused=_fused(outer))
     slow = settings.learning_rate * settings.backbone_rate
     groups = [{"params": inner, "lr": slow}, {"params": outer, "lr": settings.learning_rate}]
     return make_optimizer(groups, settings.optimizer, settings.momentum, settings.weight_decay)
@@ -202,9 +202,18 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Adam, or SGD with Nesterov momentum, over groups that name ``params`` and ``lr``; empty ones are left out."""
     present = [group for group in groups if group["params"]]
+    fused = _fused(present[0]["params"]) if present else None
     if kind == "adam":
-        return torch.optim.Adam(present, weight_decay=weight_decay)
-    return torch.optim.SGD(present, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+        return torch.optim.Adam(present, weight_decay=weight_decay, fused=fused)
+    nesterov = momentum > 0
+    return torch.optim.SGD(
+        present, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused
+    )
+
+
+def _fused(parameters: list[nn.Parameter]) -> bool | None:
+    """Whether one kernel updates all weights: on a GPU; None leaves the choice to torch."""
+    return True if parameters and parameters[0].is_cuda else None
 
 
 def _batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
