@@ -72,7 +72,7 @@ def _images(
     context: EpochContext, images: Sequence[ImageRef], generated: Sequence[AugmentedImage], size: int
 ) -> Tensor:
     paths = original_paths(context, images) + (augmented_paths(context, generated) if generated else [])
-    digests = [image.digest for image in (*images, *generated)]
+    digests = [image.digest for image in images] + [image.digest for image in generated]
     return _cache(context.runtime.image_cache).load(paths, digests, size)
 
 
@@ -85,7 +85,7 @@ def training_data(context: EpochContext, session: Session) -> TrainingData:
     """The session's originals, then A_k."""
     generated = augmented_images(context)
     images = _images(context, session.train, generated, context.dataset.size)
-    labels = [image.label for image in (*session.train, *generated)]
+    labels = [image.label for image in session.train] + [image.label for image in generated]
     is_generated = torch.arange(len(labels)) >= len(session.train)
     return TrainingData(images=images, labels=torch.tensor(labels), is_generated=is_generated)
 
