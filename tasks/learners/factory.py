@@ -1,15 +1,37 @@
-"""From settings to a learner: the one list of all learners."""
+"""From settings to a learner: the one list of all learners.
 
-from typing import Annotated
+``configs/learner/<name>.yaml`` holds the settings that we recommend, ``<name>_as_published.yaml`` what the publication
+sets otherwise: ``method=cec learner=cec_as_published``.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
 from tasks.learners.base import Learner
+from tasks.learners.cec import Cec, CecSettings
 from tasks.learners.finetune_proto import FinetuneProto, FinetuneProtoSettings
+from tasks.learners.nc_fscil import NcFscil, NcFscilSettings
 from tasks.learners.ncm import Ncm, NcmSettings
+from tasks.learners.ncm_tuned import NcmTuned, NcmTunedSettings
+from tasks.learners.teen import Teen, TeenSettings
 
-LearnerSettings = Annotated[FinetuneProtoSettings | NcmSettings, Field(discriminator="kind")]
+LearnerSettings = Annotated[
+    FinetuneProtoSettings | NcmSettings | NcmTunedSettings | TeenSettings | CecSettings | NcFscilSettings,
+    Field(discriminator="kind"),
+]
+
+LEARNERS: dict[str, Callable[[Any, int, torch.device], Learner]] = {
+    "finetune_proto": FinetuneProto,
+    "ncm": Ncm,
+    "ncm_tuned": NcmTuned,
+    "teen": Teen,
+    "cec": Cec,
+    "nc_fscil": NcFscil,
+}
+"""By kind: built of its settings, the number of classes of all sessions, and the device."""
 
 
 def make_learner(settings: LearnerSettings, n_classes: int, device: torch.device) -> Learner:
@@ -22,7 +44,27 @@ def make_learner(settings: LearnerSettings, n_classes: int, device: torch.device
 
     Raises:
         CheckpointError: There are no such weights.
+        ValueError: The learner cannot be had with so many classes or on this backbone.
     """
-    if isinstance(settings, NcmSettings):
-        return Ncm(settings, n_classes, device)
-    return FinetuneProto(settings, n_classes, device)
+    return LEARNERS[settings.kind](settings, n_classes, device)
+
+
+def check_learner(settings: LearnerSettings, n_classes: int, n_sessions: int) -> None:
+    """Refuse, before any training, a learner that could not be built or could not go through all sessions.
+
+    Args:
+        settings: One of the learners' settings; ``max_sessions``, where they have it, is how many it can take.
+        n_classes: Classes of all sessions.
+        n_sessions: Sessions, the base session among them.
+
+    Raises:
+        CheckpointError: There are no such weights.
+        ValueError: As :func:`make_learner`, or there are more sessions than it can take.
+    """
+    most = getattr(settings, "max_sessions", None)
+    if most is not None and n_sessions > most:
+        raise ValueError(
+            f"learner {settings.kind} can take {most} sessions, but the dataset has {n_sessions}; "
+            f"enlarge its pool or set dataset.n_sessions={most - 1}"
+        )
+    make_learner(settings, n_classes, torch.device("cpu"))
