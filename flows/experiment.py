@@ -12,9 +12,9 @@ from prefect import flow
 from flows.config import ExperimentConfig, differences, identity_of, load_config
 from flows.progress import show_experiment
 from flows.session import run_session
-from tasks.classification.backbone import load_backbone
 from tasks.context import EpochContext
 from tasks.datasets.benchmark import build_benchmark
+from tasks.learners.factory import check_learner
 from tasks.loading import backbone_digest, generator_digest, vlm_digest
 from tasks.miniature.vlm_server import serve_miniature
 from tasks.provenance import provenance
@@ -86,7 +86,7 @@ def preflight(config: ExperimentConfig) -> Benchmark:
     if config.zero_shot:
         refuse_alike(benchmark.class_names)
     else:
-        load_backbone(config.trained.backbone)
+        check_learner(config.trained, len(benchmark.class_names), len(benchmark.sessions))
     if config.augmenter.draws:
         generator_digest(config.generator)
     if config.asks_vlm and config.vlm.kind != "miniature":
