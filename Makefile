@@ -26,8 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP) ## make the virtual environment and install everything, once
 
 .PHONY: data
-data: $(STAMP) ## materialise a dataset: make data DATASET=digits
-	@$(BIN)/python -m tasks.datasets $(DATASET) --root data/$(DATASET)
+data: $(STAMP) ## materialise a dataset: make data DATASET=digits (others: FROM=<archive> LISTS=<folder>)
+	@$(BIN)/python -m tasks.datasets $(DATASET) --root data/$(DATASET) \
+	  $(if $(FROM),--from '$(FROM)') $(if $(LISTS),--lists '$(LISTS)')
 
 .PHONY: demo
 demo: data ## run finetune, fixed_sd and guided on digits; print a table and where to look

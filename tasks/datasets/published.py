@@ -10,15 +10,37 @@ does this; but none that is held out for validation has a twin anywhere, so that
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from tasks.datasets.layouts import Locate, find_layout
-from tasks.datasets.lists import K_SHOT, PUBLISHED, Lists, read_lists
+from tasks.datasets.lists import K_SHOT, PUBLISHED, read_lists
 from tasks.datasets.pictures import Draw, Picture, Roles, cut_class
 from tasks.datasets.settings import DatasetError, DatasetSettings
 from tasks.seeding import seed_for
 
 Classes = dict[str, list[Picture]]
 """Pictures by class folder, in the lists' order."""
+
+
+class Place(NamedTuple):
+    """Where a data set of ``PUBLISHED`` is said to be: its pictures and its lists."""
+
+    name: str
+    root: Path
+    splits: Path
+
+
+def count_pictures(place: Place) -> int:
+    """Look for every picture that the lists name, and count them. Opens none.
+
+    Raises:
+        DatasetError: Lists that are not the published ones, no layout that is known, or a picture that is missing.
+    """
+    sides = read_classes(place)
+    pictures = [picture for side in sides for found in side.values() for picture in found]
+    _refuse_missing(place, pictures)
+    return len(pictures)
 
 
 def draw_published(settings: DatasetSettings) -> tuple[list[str], list[Draw]]:
@@ -30,19 +52,20 @@ def draw_published(settings: DatasetSettings) -> tuple[list[str], list[Draw]]:
     Raises:
         DatasetError: Settings, lists or pictures that do not fit; nothing was decoded then.
     """
-    known = _protocol(settings)
-    train, test = _by_class(settings, known)
+    assert settings.splits is not None, "asked for only where lists are named"
+    _refuse_other_cut(settings)
+    place = Place(settings.name, settings.root, settings.splits)
+    train, test = read_classes(place)
     folders = sorted(train)[: settings.n_classes]
     draws = [
-        cut_class(settings, label, folder, _ordered(settings, label, train[folder]), None, test[folder])
+        cut_class(settings, label, folder, _ordered(settings, train[folder]), None, test[folder])
         for label, folder in enumerate(folders)
     ]
-    _refuse_missing(settings, draws)
+    _refuse_missing(place, [picture for draw in draws for role in draw for picture in role])
     return folders, draws
 
 
-def _protocol(settings: DatasetSettings) -> Lists:
-    """The data set's lists, where the settings are theirs."""
+def _refuse_other_cut(settings: DatasetSettings) -> None:
     if (known := PUBLISHED.get(settings.name)) is None:
         raise DatasetError(
             f"dataset.splits is for {', '.join(sorted(PUBLISHED))}, not for {settings.name}: put its pictures into "
@@ -60,75 +83,77 @@ def _protocol(settings: DatasetSettings) -> Lists:
             f"dataset.n_sessions={settings.n_sessions}, but the published lists of {settings.name} end after "
             f"{known.n_sessions}; lower it"
         )
-    return known
 
 
-def _by_class(settings: DatasetSettings, known: Lists) -> tuple[Classes, Classes]:
-    """All training and test pictures by class, checked session by session."""
-    assert settings.splits is not None, "asked for only where lists are named"
-    if not settings.root.is_dir():
-        raise DatasetError(f"no data at {settings.root}: {_remedy(settings.name)}")
-    train, test = read_lists(settings.name, settings.splits)
-    locate = find_layout(settings.name, settings.root, train[0][0], test[0][0])
+def _ordered(settings: DatasetSettings, pool: list[Picture]) -> list[Picture]:
+    """The order in which held-out pictures are drawn: by id, so that it is one for all layouts."""
+    return sorted(pool, key=lambda picture: seed_for(settings.split_seed, "split", picture.id))
+
+
+# ---------------------------------------------------------------------------------------- lists and folders
+
+
+def read_classes(place: Place) -> tuple[Classes, Classes]:
+    """All training and all test pictures by class, checked session by session.
+
+    Raises:
+        DatasetError: Lists that are not the published ones, or pictures in an unknown layout or another order.
+    """
+    if not place.root.is_dir():
+        raise DatasetError(f"no data at {place.root}: {_remedy(place)}")
+    train, test = read_lists(place.name, place.splits)
+    locate = find_layout(place.name, place.root, train[0][0], test[0][0])
     if locate is None:
         raise DatasetError(
-            f"{settings.root} holds the pictures of {settings.name} in none of the layouts that "
-            f"`python -m tasks.datasets --help` lists: {_remedy(settings.name)}"
+            f"{place.root} holds the pictures of {place.name} in none of the layouts that "
+            f"`python -m tasks.datasets --help` lists: {_remedy(place)}"
         )
     sides: list[Classes] = []
     for split, lines in (("train", train), ("test", test)):
-        sessions = [_located(settings, locate, split, session) for session in lines]
-        _refuse_disorder(settings, known, split, sessions)
+        sessions = [_located(place, locate, split, session) for session in lines]
+        _refuse_disorder(place, split, sessions)
         sides.append({folder: found for session in sessions for folder, found in session.items()})
     return sides[0], sides[1]
 
 
-def _remedy(name: str) -> str:
-    return f"run `make data DATASET={name}`, or name what is on disk with dataset.root= and dataset.splits="
-
-
-def _located(settings: DatasetSettings, locate: Locate, split: str, lines: Sequence[str]) -> Classes:
+def _located(place: Place, locate: Locate, split: str, lines: Sequence[str]) -> Classes:
     classes: Classes = {}
     for line in lines:
         if (found := locate(split, line)) is None:
             raise DatasetError(
-                f"{settings.root} lacks the {split} picture {line} of {settings.name}: {_remedy(settings.name)}"
+                f"{place.root} lacks the {split} picture {line} of {place.name}: {_remedy(place)}"
             )
         classes.setdefault(found[0], []).append(found[1])
     return classes
 
 
-def _refuse_disorder(settings: DatasetSettings, known: Lists, split: str, sessions: list[Classes]) -> None:
+def _refuse_disorder(place: Place, split: str, sessions: list[Classes]) -> None:
     """Classes come in the order of their sorted folders, each in one session, with five shots in later ones."""
+    known = PUBLISHED[place.name]
     folders = sorted({folder for session in sessions for folder in session})
     for index, session in enumerate(sessions):
         end = known.n_base + known.n_way * index
         due = folders[0 if index == 0 else end - known.n_way : end]
-        if sorted(session) != due or (split == "train" and index > 0 and _sizes(session) != {K_SHOT}):
+        sizes = sorted({len(pictures) for pictures in session.values()})
+        if sorted(session) != due or (split == "train" and index > 0 and sizes != [K_SHOT]):
             raise DatasetError(
-                f"{settings.root} is not in the order that the lists of {settings.name} were made for: in session "
-                f"{index + 1} they find {split} pictures of {', '.join(sorted(session)[:3])} ..., {_sizes(session)} of "
-                f"each, where {', '.join(due[:3])} ... are due; {_remedy(settings.name)}"
+                f"{place.root} is not in the order that the lists of {place.name} were made for: session {index + 1} "
+                f"has {split} pictures of {', '.join(sorted(session)[:3])} ... ({sizes} of each), where "
+                f"{', '.join(due[:3])} ... are due: {_remedy(place)}"
             )
 
 
-def _sizes(session: Classes) -> set[int]:
-    return {len(pictures) for pictures in session.values()}
-
-
-def _ordered(settings: DatasetSettings, label: int, pool: list[Picture]) -> list[Picture]:
-    """The order in which held-out pictures are drawn: by id, so that it is one for all layouts."""
-    return sorted(pool, key=lambda picture: seed_for(settings.split_seed, "split", picture.id))
-
-
-def _refuse_missing(settings: DatasetSettings, draws: Sequence[Draw]) -> None:
-    paths = [picture.path for draw in draws for role in draw for picture in role]
-    missing = [path for path in paths if not (settings.root / path).is_file()]
+def _refuse_missing(place: Place, pictures: Sequence[Picture]) -> None:
+    missing = [picture.path for picture in pictures if not (place.root / picture.path).is_file()]
     if missing:
         raise DatasetError(
-            f"{len(missing)} of {len(paths)} pictures of {settings.name} are missing below {settings.root}, the first "
-            f"is {missing[0]}: {_remedy(settings.name)}"
+            f"{len(missing)} of {len(pictures)} pictures of {place.name} are missing below {place.root}, the first "
+            f"is {missing[0]}: {_remedy(place)}"
         )
+
+
+def _remedy(place: Place) -> str:
+    return f"run `make data DATASET={place.name}`, or name what is on disk with dataset.root= and dataset.splits="
 
 
 # ---------------------------------------------------------------------------------------- twins
