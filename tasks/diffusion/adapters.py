@@ -101,14 +101,17 @@ def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
 
 
 @contextmanager
-def merged(unet: UNet2DConditionModel) -> Iterator[None]:
+def merged(unet: UNet2DConditionModel) -> Iterator[bool]:
     """The adapter added to the base weights for a while: the same predictions with fewer operations.
 
     The base weights are put aside, not subtracted from again, so they come back bit for bit. A base in half
     precision would round the adapter away and is left as it is.
+
+    Yields:
+        Whether the weights are now all there is: no adapter works beside them.
     """
     if not is_attached(unet) or unet.dtype != torch.float32:
-        yield
+        yield not is_attached(unet)
         return
     weights = [(layer.get_base_layer().weight, layer.get_delta_weight(NAME)) for layer in _layers(unet)]
     originals = [weight.data for weight, _ in weights]
@@ -116,7 +119,7 @@ def merged(unet: UNet2DConditionModel) -> Iterator[None]:
         for weight, delta in weights:
             weight.data = weight.data + delta.detach()
         try:
-            yield
+            yield True
         finally:
             for (weight, _), original in zip(weights, originals, strict=True):
                 weight.data = original

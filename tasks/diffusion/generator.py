@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tasks.diffusion import adapters
 from tasks.diffusion.checkpoint import Source, open_pipeline
+from tasks.diffusion.recording import Recorder
 from tasks.diffusion.sampler import (
     ChainResult,
     Condition,
@@ -137,6 +138,7 @@ class StableDiffusion:
                 model.to(memory_format=torch.channels_last)
         if settings.compile:
             unet.compile()
+        self.recorder = Recorder(unet) if device.type == "cpu" and not settings.compile else None
         self.batch = settings.batch
         self._encoded: dict[str, Tensor] = {}
         self._adapter: Digest | None = None
@@ -222,7 +224,9 @@ class StableDiffusion:
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"got {len(prompts)} prompts and {len(seeds)} seeds; one seed for each prompt")
         noise, condition = self.initial_noise(seeds), self.condition(prompts)
-        return sample_chain(self.unet, self.scheduler, self.settings.steps, noise, condition, keep_step or ())
+        return sample_chain(
+            self.unet, self.scheduler, self.settings.steps, noise, condition, keep_step or (), self.recorder
+        )
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Float[Tensor, "n 3 h w"]:
         """Draw one image for each prompt and seed, in batches of the fixed shape.

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tasks.diffusion import adapters
+from tasks.diffusion.recording import Recorder
 
 if TYPE_CHECKING:
     from tasks.diffusion.generator import StableDiffusion
@@ -116,14 +117,22 @@ def _fresh(scheduler: Scheduler, n_steps: int) -> Scheduler:
 
 
 def guided_noise(
-    unet: UNet2DConditionModel, x: Float[Tensor, "n c h w"], timestep: Tensor, condition: Condition
+    unet: UNet2DConditionModel | Recorder, x: Float[Tensor, "n c h w"], timestep: Tensor, condition: Condition
 ) -> Float[Tensor, "n c h w"]:
     """The guided prediction of Eq. 4 at one timestep."""
     if not condition.guided:
-        return unet(x, timestep, condition.prompts, return_dict=False)[0]
+        return _prediction(unet, x, timestep, condition.prompts)
     context = torch.cat([condition.null.expand_as(condition.prompts), condition.prompts])
-    null, prompt = unet(torch.cat([x, x]), timestep, context, return_dict=False)[0].chunk(2)
+    null, prompt = _prediction(unet, torch.cat([x, x]), timestep, context).chunk(2)
     return null + condition.scale * (prompt - null)
+
+
+def _prediction(
+    unet: UNet2DConditionModel | Recorder, x: Tensor, timestep: Tensor, context: Tensor
+) -> Float[Tensor, "n c h w"]:
+    if isinstance(unet, Recorder):
+        return unet(x, timestep, context)
+    return unet(x, timestep, context, return_dict=False)[0]
 
 
 @torch.no_grad()
@@ -134,6 +143,7 @@ def sample_chain(
     noise: Float[Tensor, "n c h w"],
     condition: Condition,
     keep_steps: Sequence[int] = (),
+    recorder: Recorder | None = None,
 ) -> ChainResult:
     """Denoise from pure noise in ``n_steps`` deterministic steps, without gradient.
 
@@ -144,6 +154,7 @@ def sample_chain(
         noise: standard normal.
         condition: prompts and guidance.
         keep_steps: indices of the steps whose input latents are returned too.
+        recorder: of ``unet``, to predict with where its weights hold all there is of the adapter.
 
     Raises:
         ValueError: a step to keep is not in 0..n_steps-1.
@@ -153,11 +164,12 @@ def sample_chain(
     walker = _fresh(scheduler, n_steps)
     x = noise * walker.init_noise_sigma
     kept = {}
-    with adapters.merged(unet):
+    with adapters.merged(unet) as whole:
+        model = recorder if recorder is not None and whole else unet
         for k, timestep in enumerate(walker.timesteps):
             if k in keep_steps:
                 kept[k] = (x, timestep)
-            x = walker.step(guided_noise(unet, x, timestep, condition), timestep, x, return_dict=False)[0]
+            x = walker.step(guided_noise(model, x, timestep, condition), timestep, x, return_dict=False)[0]
     return ChainResult(latents=x, kept=kept)
 
 
