@@ -8,7 +8,7 @@ import difflib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, cast
+from typing import Annotated, Any, Self, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -26,10 +26,12 @@ from tasks.diffusion.tuning import TuningSettings
 from tasks.learners.factory import LearnerSettings
 from tasks.records import Frozen
 from tasks.runtime import RuntimeSettings
+from tasks.settings import added_later
 from tasks.similarity.selection import MiningSettings
 from tasks.store import read_json
 from tasks.tracking import TrackingSettings
 from tasks.vlm.client import VlmSettings
+from tasks.vlm.images_api import ImagesApiSettings
 from tasks.vlm.transport import PACING
 from tasks.vlm.zero_shot import ZeroShotSettings
 
@@ -57,6 +59,7 @@ class ExperimentConfig(Frozen):
     learner: Annotated[LearnerSettings | ZeroShotSettings, Field(discriminator="kind")]
     augmenter: AugmenterSettings
     generator: GeneratorSettings
+    images_api: ImagesApiSettings | None = added_later(None)
     vlm: VlmSettings
     mining: MiningSettings
     tuning: TuningSettings
@@ -68,7 +71,16 @@ class ExperimentConfig(Frozen):
     def _coherent(self) -> Self:
         if self.zero_shot and self.augmenter.draws:
             raise ValueError("learner=vlm_zero_shot learns nothing from images: use augmenter=none with it")
+        if self.augmenter.source == "images_api" and self.images_api is None:
+            raise ValueError("augmenter.source=images_api needs to know whose images: add images_api=openai")
         return self
+
+    @property
+    def drawer(self) -> GeneratorSettings | ImagesApiSettings:
+        """What draws the images, where any are drawn."""
+        return (
+            self.images_api if self.augmenter.source == "images_api" and self.images_api else self.generator
+        )
 
     @property
     def zero_shot(self) -> bool:
@@ -109,11 +121,11 @@ Settings = TypeVar("Settings", bound=Frozen)
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of dumped settings that makes a result; how fast and at what price a VLM is asked is not."""
+    """The part of dumped settings that makes a result; how fast and at what price a provider is asked is not."""
     kept = {key: value for key, value in config.items() if key not in ("runtime", "tracking")}
-    asked = config.get("vlm")
-    if isinstance(asked, Mapping):
-        kept["vlm"] = {key: value for key, value in asked.items() if key not in PACING}
+    for group in ("vlm", "images_api"):
+        if isinstance(asked := config.get(group), Mapping):
+            kept[group] = {key: value for key, value in asked.items() if key not in PACING}
     return kept
 
 
@@ -142,11 +154,13 @@ def stored_config(folder: Path) -> ExperimentConfig:
     """
     for parent in (folder.resolve(), *folder.resolve().parents):
         if (file := parent / "config.json").is_file():
-            here, stored = load_config([]).model_dump(), read_json(file)
+            here, stored = load_config(["images_api=openai"]).model_dump(), read_json(file)
             today = {key: here[key] for key in ("runtime", "tracking")}
-            asked = {**here["vlm"], **cast(Mapping[str, Any], stored.get("vlm", {}))}
+            for group in ("vlm", "images_api"):
+                if isinstance(asked := stored.get(group), Mapping):
+                    today[group] = {**here[group], **asked}
             try:
-                return _validated(ExperimentConfig, {**today, **stored, "vlm": asked})
+                return _validated(ExperimentConfig, {**stored, **today})
             except ConfigError as error:
                 raise ConfigError(
                     f"{file} was written by another version ({error}); move its run folder away and run it again"

@@ -58,7 +58,7 @@ def run_epoch(
         if augmenter.tuning != "none":
             tuned = tune_lora(context, mined.output, verdicts, augmenter, config.generator, config.tuning)
             adapter = tuned.output.adapter or adapter
-    drawn = regenerate(context, context.epoch + 1, augmenter, config.generator, adapter, verdicts)
+    drawn = regenerate(context, context.epoch + 1, augmenter, config.drawer, adapter, verdicts)
     return record.model_copy(
         update={"mine": mined, "compare": compared, "tune": tuned, "regenerate": drawn}
     ), None

@@ -32,6 +32,7 @@ from tasks.records import (
 from tasks.store import StageFolder, Store, read_json, write_json
 from tasks.tracking import Tracker
 from tasks.vlm.factory import check_vlm
+from tasks.vlm.images_api import ImagesApi, ImagesApiSettings
 from tasks.vlm.zero_shot import refuse_alike
 
 SPLIT_VERSION = 1
@@ -88,7 +89,9 @@ def preflight(config: ExperimentConfig) -> Benchmark:
     else:
         check_learner(config.trained, len(benchmark.class_names), len(benchmark.sessions))
     if config.augmenter.draws:
-        generator_digest(config.generator)
+        generator_digest(config.drawer)
+        if isinstance(config.drawer, ImagesApiSettings):
+            ImagesApi(config.drawer, cache=config.runtime.state / "images_api").check()
     if config.asks_vlm and config.vlm.kind != "miniature":
         with check_vlm(config.vlm, serve_miniature):
             pass
@@ -177,7 +180,7 @@ def _weights(config: ExperimentConfig) -> dict[str, str]:
     if not config.zero_shot:
         weights["backbone"] = str(backbone_digest(config.trained.backbone))
     if config.augmenter.draws:
-        weights["generator"] = str(generator_digest(config.generator))
+        weights["generator"] = str(generator_digest(config.drawer))
     if config.asks_vlm and (vlm := vlm_digest(config.vlm)) is not None:
         weights["vlm"] = str(vlm)
     return weights
@@ -199,6 +202,7 @@ def summarise(config: ExperimentConfig, split: Split, sessions: list[SessionReco
         n_base=config.dataset.n_base,
         sessions=tuple(session.test.output.accuracy for session in sessions),
         images_drawn=sum(session.images_drawn for session in sessions),
+        drawing=Usage.total(session.drawing for session in sessions),
         usage=Usage.total(session.usage for session in sessions),
         unparsed=sum(session.unparsed for session in sessions),
         epochs=sum(session.epochs for session in sessions),

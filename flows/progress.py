@@ -32,7 +32,7 @@ def say_session(record: SessionRecord) -> None:
     novel = "" if accuracy.novel is None else f", base {accuracy.base:.1%}, novel {accuracy.novel:.1%}"
     console.print(
         f"  session {record.session}: test {accuracy.overall:.1%}{novel} ({record.converged_because}); "
-        f"{budget(record.images_drawn, record.usage, record.unparsed)}"
+        f"{budget(record.images_drawn, record.usage, record.unparsed, record.drawing)}"
     )
 
 
@@ -48,15 +48,16 @@ def show_experiment(record: ExperimentRecord) -> None:
         }
         for session in record.sessions
     ]
-    spent = budget(record.images_drawn, record.usage, record.unparsed)
+    spent = budget(record.images_drawn, record.usage, record.unparsed, record.drawing)
     create_table_artifact(
         table=rows, key="session-accuracy", description=f"{record.run}: test accuracy by session; {spent}"
     )
 
 
-def budget(images: int, usage: Usage, unparsed: int) -> str:
+def budget(images: int, usage: Usage, unparsed: int, drawing: Usage) -> str:
     """What was drawn and asked, in words; answers that could not be read are named where there are any."""
-    text = f"{images:,} images drawn, {usage.calls:,} VLM calls, {usage.tokens:,} tokens"
+    price = "" if drawing.cost is None else f" for {drawing.cost:.2f}"
+    text = f"{images:,} images drawn{price}, {usage.calls:,} VLM calls, {usage.tokens:,} tokens"
     if usage.cost is not None:
         text += f", cost {usage.cost:.2f}"
     return f"{text}, {unparsed:,} unparsed" if unparsed else text

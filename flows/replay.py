@@ -64,6 +64,10 @@ def replay(folder: Path) -> ReplayReport:
         ReplayError: no record, no images or no adapter there.
     """
     drawn, config = _set_of(folder), stored_config(folder)
+    if config.images_api is not None:
+        raise ReplayError(
+            f"the images of {folder} come from {config.images_api.model}, which takes no seed to draw by"
+        )
     rows = read_lines(folder / "manifest.jsonl", AugmentedImage)
     settings = config.generator.model_copy(update={"batch": drawn.output.batch_shape[0]})
     generator = StableDiffusion.from_settings(settings, config.runtime.torch_device)

@@ -87,7 +87,7 @@ def _learn(
 ) -> _Learned:
     initial: Initial = None
     if config.augmenter.draws:
-        initial = regenerate(context, 0, config.augmenter, config.generator, context.start.adapter, None)
+        initial = regenerate(context, 0, config.augmenter, config.drawer, context.start.adapter, None)
         export(context.store, artifacts_of(initial), initial, folder / "initial")
         context = _starting(context, 0, context.start.model_copy(update={"augmentation": initial.output}))
     tracker.session_start(index, initial, folder / "initial")
@@ -121,6 +121,7 @@ def _sealed(
         end=learned.end,
         test=test,
         images_drawn=sum(stage.output.count for stage in drawn if stage is not None),
+        drawing=Usage.total(stage.output.usage for stage in drawn if stage is not None),
         usage=Usage.total([*(output.usage for output in compared), test.output.usage]),
         unparsed=sum(output.unparsed for output in compared) + test.output.unparsed,
     )

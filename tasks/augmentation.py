@@ -21,7 +21,7 @@ class AugmenterSettings(Frozen):
         ValueError: rewriting or tuning is asked for without a generator, or the prompt names no category.
     """
 
-    source: Literal["none", "generator"]
+    source: Literal["none", "generator", "images_api"]
     prompts: Literal["fixed", "rewritten"]
     tuning: Literal["none", "random", "first", "guided"]
     base_prompt: str
@@ -37,6 +37,11 @@ class AugmenterSettings(Frozen):
         if self.source == "none" and (self.prompts != "fixed" or self.tuning != "none"):
             raise ValueError(
                 "augmenter.source=none draws no images: use prompts=fixed and tuning=none with it"
+            )
+        if self.source == "images_api" and (self.prompts != "fixed" or self.tuning != "none"):
+            raise ValueError(
+                "augmenter.source=images_api draws with a provider's model, which cannot learn from failures: "
+                "use prompts=fixed and tuning=none with it"
             )
         return self
 

@@ -18,13 +18,17 @@ from tasks.diffusion.generator import GeneratorSettings, StableDiffusion
 from tasks.image_cache import MEBIBYTE, ImageCache
 from tasks.learners.base import Learner, TrainingData
 from tasks.learners.factory import LearnerSettings, make_learner
-from tasks.records import ArtifactRef, AugmentedImage, Digest, ImageRef, Session
+from tasks.records import ArtifactRef, AugmentedImage, Digest, ImageRef, Session, Usage
 from tasks.store import Store, digest_of, read_lines
 from tasks.vlm.client import ChatClient, VlmSettings
 from tasks.vlm.factory import open_client
+from tasks.vlm.images_api import ImagesApi, ImagesApiSettings
 from tasks.vlm.transformers_client import model_digest
 
 MINIATURE_CAPTIONER = Path(__file__).resolve().parent / "miniature" / "weights" / "captioner"
+
+DrawerSettings = GeneratorSettings | ImagesApiSettings
+"""Of what draws a set: a generator here, or a provider's model."""
 
 
 def load_session(store: Store, ref: ArtifactRef) -> Session:
@@ -135,9 +139,37 @@ def generator_for(
 
 
 @lru_cache(maxsize=4)
-def generator_digest(settings: GeneratorSettings) -> Digest:
-    """The content id of the base generator's weights."""
+def generator_digest(settings: DrawerSettings) -> Digest:
+    """The content id of the base generator's weights; of a provider's model, its name."""
+    if isinstance(settings, ImagesApiSettings):
+        return settings.digest
     return weights_digest(settings.source)
+
+
+def drawer_for(
+    context: EpochContext, settings: DrawerSettings, adapter: ArtifactRef | None
+) -> StableDiffusion | ImagesApi:
+    """What draws the set: the generator, or a provider behind the state's images and the run's account."""
+    if isinstance(settings, GeneratorSettings):
+        return generator_for(context, settings, adapter)
+    state = context.runtime.state
+    paid = state / "runs" / context.run / "images-paid.jsonl"
+    return ImagesApi(settings, cache=state / "images_api", ledger=paid)
+
+
+def redraws(settings: DrawerSettings) -> bool:
+    """Whether each epoch draws other images; a provider's may serve all epochs."""
+    return not isinstance(settings, ImagesApiSettings) or settings.every_epoch
+
+
+def price_of(context: EpochContext, settings: DrawerSettings, images: Sequence[AugmentedImage]) -> Usage:
+    """What a provider was asked for to draw these; images that the set before had too were paid for there."""
+    if isinstance(settings, GeneratorSettings):
+        return Usage()
+    had = {(image.prompt, image.seed) for image in augmented_images(context)}
+    new = [image for image in images if (image.prompt, image.seed) not in had]
+    drawer = ImagesApi(settings, cache=context.runtime.state / "images_api")
+    return drawer.usage_of([image.prompt for image in new], [image.seed for image in new])
 
 
 def vlm_for(context: EpochContext, settings: VlmSettings, vlm_url: str | None) -> ChatClient:
@@ -162,6 +194,8 @@ def vlm_digest(settings: VlmSettings) -> Digest | None:
     )
 
 
-def generator_identity(settings: GeneratorSettings) -> dict[str, object]:
+def generator_identity(settings: DrawerSettings) -> dict[str, object]:
     """What of the generator's settings changes its images; where it is does not, the batch shape does."""
+    if isinstance(settings, ImagesApiSettings):
+        return settings.identity
     return settings.model_dump(exclude={"path", "revision", "variant", "config"})

@@ -128,6 +128,39 @@ class Benchmark(Frozen):
     sessions: tuple[Session, ...]
 
 
+# ----------------------------------------------------------------------------------------- what was asked for
+
+
+class Usage(Frozen):
+    """What a provider was asked for: logical calls of the epoch, whether answered now or from the cache.
+
+    ``cost`` is what the answers cost when they were bought, in the currency of the prices that were set then;
+    None, and not written, where no price was known.
+    """
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float | None = Field(default=None, exclude_if=lambda cost: cost is None)
+
+    @classmethod
+    def total(cls, parts: Iterable["Usage"]) -> Self:
+        """The sum of several; the cost is that of the parts whose cost is known."""
+        listed = tuple(parts)
+        costs = [part.cost for part in listed if part.cost is not None]
+        return cls(
+            calls=sum(part.calls for part in listed),
+            prompt_tokens=sum(part.prompt_tokens for part in listed),
+            completion_tokens=sum(part.completion_tokens for part in listed),
+            cost=sum(costs) if costs else None,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Read and written together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
 # ----------------------------------------------------------------------------------------- generated images
 
 
@@ -151,7 +184,10 @@ class AugmentedImage(Frozen):
 
 
 class AugmentationSet(Frozen):
-    """A_k: the generated images of one epoch. ``manifest`` lists them as :class:`AugmentedImage` lines."""
+    """A_k: the generated images of one epoch. ``manifest`` lists them as :class:`AugmentedImage` lines.
+
+    ``usage`` is what a provider was asked for, where one drew them; else it is not written.
+    """
 
     epoch: int
     adapter: Digest | None
@@ -159,6 +195,7 @@ class AugmentationSet(Frozen):
     manifest: ArtifactRef
     count: int
     batch_shape: tuple[int, ...]
+    usage: Usage = Field(default=Usage(), exclude_if=lambda usage: not usage.calls)
 
 
 # ----------------------------------------------------------------------------------------- predictions and accuracy
@@ -298,36 +335,6 @@ class Verdict(Frozen):
     inherited_from: str | None = None
 
 
-class Usage(Frozen):
-    """What a provider was asked for: logical calls of the epoch, whether answered now or from the cache.
-
-    ``cost`` is what the answers cost when they were bought, in the currency of the prices that were set then;
-    None, and not written, where no price was known.
-    """
-
-    calls: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float | None = Field(default=None, exclude_if=lambda cost: cost is None)
-
-    @classmethod
-    def total(cls, parts: Iterable["Usage"]) -> Self:
-        """The sum of several; the cost is that of the parts whose cost is known."""
-        listed = tuple(parts)
-        costs = [part.cost for part in listed if part.cost is not None]
-        return cls(
-            calls=sum(part.calls for part in listed),
-            prompt_tokens=sum(part.prompt_tokens for part in listed),
-            completion_tokens=sum(part.completion_tokens for part in listed),
-            cost=sum(costs) if costs else None,
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Read and written together."""
-        return self.prompt_tokens + self.completion_tokens
-
-
 # ----------------------------------------------------------------------------------------- stage outputs
 
 
@@ -452,7 +459,8 @@ class EpochRecord(Frozen):
 class SessionRecord(Frozen):
     """One sealed session: its start, how many epochs it took and why it stopped, and its test counts.
 
-    ``unparsed``: answers of the VLM in which no verdict or no class could be read.
+    ``unparsed``: answers of the VLM in which no verdict or no class could be read. ``drawing``: what a provider
+    was asked for to draw images.
     """
 
     format: int = RECORD_FORMAT
@@ -465,6 +473,7 @@ class SessionRecord(Frozen):
     test: StageRecord[TestEvaluation]
     images_drawn: int
     usage: Usage
+    drawing: Usage = Field(default=Usage(), exclude_if=lambda usage: not usage.calls)
     unparsed: int = 0
 
 
@@ -481,6 +490,7 @@ class ExperimentRecord(Frozen):
     sessions: tuple[SessionAccuracy, ...]
     images_drawn: int
     usage: Usage
+    drawing: Usage = Field(default=Usage(), exclude_if=lambda usage: not usage.calls)
     unparsed: int = 0
     epochs: int
 

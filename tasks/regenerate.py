@@ -15,9 +15,17 @@ from tqdm import tqdm
 
 from tasks.augmentation import AugmenterSettings, Slot, first_slots, image_id, next_slots
 from tasks.context import EpochContext
-from tasks.diffusion.generator import GeneratorSettings
 from tasks.images import Format, encoded
-from tasks.loading import augmented_images, generator_digest, generator_for, generator_identity, session_of
+from tasks.loading import (
+    DrawerSettings,
+    augmented_images,
+    drawer_for,
+    generator_digest,
+    generator_identity,
+    price_of,
+    redraws,
+    session_of,
+)
 from tasks.records import ArtifactRef, AugmentationSet, AugmentedImage, Digest, StageRecord, Verdict
 from tasks.seeding import seed_for
 from tasks.store import StageFolder, digest_of, fingerprint, read_lines, write_lines
@@ -30,7 +38,7 @@ def regenerate(
     context: EpochContext,
     epoch: int,
     augmenter: AugmenterSettings,
-    generator: GeneratorSettings,
+    generator: DrawerSettings,
     adapter: ArtifactRef | None,
     verdicts: ArtifactRef | None,
 ) -> StageRecord[AugmentationSet]:
@@ -45,7 +53,8 @@ def regenerate(
         verdicts: rewritten prompts, if the VLM was asked.
     """
     slots = slots_of(context, epoch, augmenter, verdicts)
-    seeds = [seed_for(context.seed, context.session, epoch, "regenerate", slot.id) for slot in slots]
+    place = (context.session, epoch) if redraws(generator) else (0, 0)
+    seeds = [seed_for(context.seed, *place, "regenerate", slot.id) for slot in slots]
     inputs: dict[str, Digest | None] = {
         "slots": _slots_digest(slots, context.class_names),
         "adapter": adapter.digest if adapter else None,
@@ -64,6 +73,7 @@ def regenerate(
             manifest=work.ref("manifest.jsonl", "manifest"),
             count=len(rows),
             batch_shape=(batch, 3, generator.size, generator.size),
+            usage=price_of(context, generator, rows),
         )
 
     return context.store.run(
@@ -100,7 +110,7 @@ def _draw_shards(
     folder: Path,
     slots: Sequence[Slot],
     seeds: Sequence[int],
-    generator: GeneratorSettings,
+    generator: DrawerSettings,
     adapter: ArtifactRef | None,
 ) -> tuple[list[AugmentedImage], int]:
     """The rows of all images, and how many were drawn at once.
@@ -115,7 +125,7 @@ def _draw_shards(
         while start < len(slots):
             stop = min(start + generator.batch, len(slots))
             if not _marker(folder, batch, start).is_file():
-                model = generator_for(context, generator, adapter)
+                model = drawer_for(context, generator, adapter)
                 model.batch = min(model.batch, batch)
                 images = model.draw([slot.prompt for slot in slots[start:stop]], list(seeds[start:stop]))
                 if model.batch < batch:

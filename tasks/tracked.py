@@ -38,7 +38,7 @@ def stage_metrics(record: EpochRecord) -> dict[str, dict[str, float]]:
     Accuracies are in [0, 1] and left out where nothing was counted; ``tune/<name>`` is the mean over the
     epoch's updates; values that are not finite are left out.
     """
-    drawn = {"regenerate/images": record.regenerate.output.count} if record.regenerate else {}
+    drawn = _drawn_metrics(record.regenerate.output) if record.regenerate else {}
     found: dict[str, Mapping[str, float]] = {
         "train": _train_metrics(record),
         "evaluate": _evaluate_metrics(record),
@@ -48,6 +48,11 @@ def stage_metrics(record: EpochRecord) -> dict[str, dict[str, float]]:
         "regenerate": drawn,
     }
     return {stage: _finite(metrics) for stage, metrics in found.items() if metrics}
+
+
+def _drawn_metrics(drawn: AugmentationSet) -> dict[str, float]:
+    asked = drawn.usage.model_dump() if drawn.usage.calls else {}
+    return {"regenerate/images": drawn.count} | {f"regenerate/{name}": value for name, value in asked.items()}
 
 
 def _train_metrics(record: EpochRecord) -> dict[str, float]:
@@ -108,6 +113,8 @@ def result_metrics(record: ExperimentRecord) -> dict[str, float]:
     results = {"A_base": record.a_base, "A_last": record.a_last, "A_avg": record.a_avg, "PD": record.pd}
     budget = {"images_drawn": record.images_drawn, "epochs": record.epochs, **_usage(record.usage)}
     budget["vlm_unparsed"] = record.unparsed
+    if record.drawing.calls:
+        budget |= {f"drawing_{name}": value for name, value in record.drawing.model_dump().items()}
     return {f"result/{k}": v for k, v in results.items()} | {
         f"budget/{k}": float(v) for k, v in budget.items()
     }

@@ -129,14 +129,20 @@ class TransformersClient(ChatClient):
 
     def _inputs(self, processor: Any, requests: Sequence[Request]) -> Any:
         dialogues = [[_turn(message) for message in request.messages] for request in requests]
+        shown = [
+            [_decoded(p) for message in request.messages for p in message.pictures] for request in requests
+        ]
+        begin = processor.tokenizer.bos_token
         try:
-            return processor.apply_chat_template(
-                dialogues,
-                tokenize=True,
-                add_generation_prompt=True,
-                return_dict=True,
-                return_tensors="pt",
+            texts = processor.apply_chat_template(dialogues, add_generation_prompt=True, tokenize=False)
+            return processor(
+                text=texts,
+                images=shown if any(shown) else None,
+                add_special_tokens=not (
+                    begin and texts[0].startswith(begin)
+                ),  # else it would stand there twice
                 padding=True,
+                return_tensors="pt",
             )
         except (ValueError, TypeError) as error:
             raise VlmError(
@@ -155,7 +161,7 @@ def _batches(requests: Sequence[Request], size: int) -> Iterator[list[int]]:
 
 
 def _turn(message: Message) -> dict[str, Any]:
-    pictures = [{"type": "image", "image": _decoded(picture)} for picture in message.pictures]
+    pictures = [{"type": "image"} for _ in message.pictures]
     return {"role": message.role, "content": [*pictures, {"type": "text", "text": message.text}]}
 
 

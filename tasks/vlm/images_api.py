@@ -1,0 +1,217 @@
+"""Images from an OpenAI-compatible images endpoint (the paper's GPT-4o baseline), as a generator that cannot learn.
+
+Each image is asked for by POST /images/generations and is kept, as the provider sent it, by the content of the
+question: model, form, prompt and a number that tells equal prompts apart. So a run that was killed pays for no
+image twice, nor does another that asks for the same. A provider's model takes no seed: what was drawn once can
+be read again but not drawn again.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from jaxtyping import Float
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from tasks.images import Format, load_images
+from tasks.records import Digest, Usage
+from tasks.store import write_atomic
+from tasks.vlm.endpoint import BrokenReplyError, Call, Connection, Endpoint, served_models
+from tasks.vlm.pacing import Backoff
+from tasks.vlm.transport import TransportSettings, VlmError
+
+WRITTEN_TOKENS = 4200
+"""A first guess at the tokens of one image, for the budget; then the most that any image took."""
+
+
+class ImagesApiSettings(TransportSettings):
+    """Which provider's model draws, and how its images are kept.
+
+    Attributes:
+        model: the provider's name for it.
+        ask_size: what the provider is asked for, such as ``1024x1024``.
+        quality: the provider's name for it; None leaves it out.
+        response_format: ``b64_json`` for models that else send an address; None leaves it out, as others insist.
+        size: side in pixels of the images kept in the set: the centre square, resampled.
+        format: of their files.
+        batch: images asked for in one shard.
+        every_epoch: whether each epoch asks for new images, or all epochs share those of the first.
+        price_image: of one image, where it is not charged by tokens.
+    """
+
+    group: ClassVar[str] = "images_api"
+    noun: ClassVar[str] = "image model"
+    instead: ClassVar[str] = "use augmenter=fixed"
+
+    model: str = Field(min_length=1)
+    ask_size: str = Field(pattern=r"^(\d+x\d+|auto)$")
+    quality: str | None
+    response_format: Literal["b64_json"] | None
+    size: int = Field(ge=8)
+    format: Format
+    batch: int = Field(ge=1)
+    every_epoch: bool
+    price_image: float | None = Field(ge=0)
+
+    def cost(self, usage: Usage) -> float | None:
+        """What this usage costs, by the image, by tokens or both; None where no price is known."""
+        by_tokens = super().cost(usage)
+        if self.price_image is None:
+            return by_tokens
+        return usage.calls * self.price_image + (by_tokens or 0.0)
+
+    @property
+    def question(self) -> dict[str, object]:
+        """What every request says beside the prompt."""
+        asked = {"quality": self.quality, "response_format": self.response_format}
+        known = {name: value for name, value in asked.items() if value is not None}
+        return {"model": self.model, "size": self.ask_size, "n": 1, **known}
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What a stage that draws puts into its fingerprint."""
+        kept = {
+            "side": self.size,
+            "format": self.format,
+            "batch": self.batch,
+            "every_epoch": self.every_epoch,
+        }
+        return {**self.question, **kept}
+
+    @property
+    def digest(self) -> Digest:
+        """Stands where a generator's weights' digest stands: the provider's name for its model is all we know."""
+        return Digest(f"api:{self.model}")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image as the provider sent it, and what it cost."""
+
+    data: bytes
+    usage: Usage
+
+
+class ImagesApi:
+    """Draws by asking. ``batch`` is as the settings say."""
+
+    def __init__(
+        self,
+        settings: ImagesApiSettings,
+        cache: Path,
+        ledger: Path | None = None,
+        backoff: Backoff | None = None,
+    ) -> None:
+        """Args: settings; cache: folder of what was drawn; ledger: file of what the run has paid; backoff."""
+        self.settings = settings
+        self.batch = settings.batch
+        self._cache = cache
+        self._endpoint = Endpoint(settings, None, ledger, backoff=backoff)
+        self._most_written = 0
+
+    @property
+    def paid(self) -> Usage:
+        """What the run has paid so far."""
+        return self._endpoint.paid
+
+    def check(self) -> None:
+        """Find out whether the provider answers and takes the key; no image is paid for.
+
+        Raises:
+            VlmUnavailableError: it does not.
+        """
+        self._endpoint.try_once(served_models)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Float[Tensor, "n 3 size size"]:
+        """One image for each prompt and seed; a seed only tells equal prompts apart.
+
+        Args:
+            prompts: n texts.
+            seeds: n numbers.
+
+        Returns:
+            float32 [n, 3, size, size] in [0, 1].
+
+        Raises:
+            VlmError: an image was not sent; those that were are kept.
+            BudgetError: the budget is used up; all that was drawn is kept.
+        """
+        keys = [self._key(*one) for one in zip(prompts, seeds, strict=True)]
+        missing = {k: p for k, p in zip(keys, prompts, strict=True) if not self._file(k, ".json").is_file()}
+        wanted = list(missing)
+        self._endpoint.answer_all(
+            [self._call(prompt) for prompt in missing.values()],
+            lambda index, drawn: self._keep(wanted[index], drawn),
+        )
+        return load_images([self._file(key, ".image") for key in keys], self.settings.size)
+
+    def usage_of(self, prompts: Sequence[str], seeds: Sequence[int]) -> Usage:
+        """What these images, drawn before, cost when they were bought."""
+        keys = dict.fromkeys(self._key(*one) for one in zip(prompts, seeds, strict=True))
+        texts = [self._file(key, ".json").read_text(encoding="utf-8") for key in keys]
+        return Usage.total(Usage.model_validate_json(text) for text in texts)
+
+    # ------------------------------------------------------------------------------------ one image
+
+    def _call(self, prompt: str) -> Call[Drawn]:
+        def send(client: Connection) -> Any:
+            return client.images.generate(prompt=prompt, **self.settings.question)  # type: ignore[call-overload]
+
+        def read(reply: Any, blot: Callable[[str], str]) -> Drawn:
+            drawn = self._read(reply)
+            self._most_written = max(self._most_written, drawn.usage.completion_tokens)
+            return drawn
+
+        def worst() -> Usage:
+            written = self._most_written or WRITTEN_TOKENS
+            return Usage(calls=1, prompt_tokens=16 + len(prompt) // 3, completion_tokens=written)
+
+        return Call(send, read, worst)
+
+    def _read(self, reply: Any) -> Drawn:
+        if not getattr(reply, "data", None):
+            raise BrokenReplyError("a reply without an image")
+        if not reply.data[0].b64_json:
+            raise VlmError(
+                f"the image model {self.settings.model!r} sent an address in place of the image; "
+                "set images_api.response_format=b64_json"
+            )
+        try:
+            data = base64.b64decode(reply.data[0].b64_json, validate=True)
+            with Image.open(io.BytesIO(data)) as picture:
+                picture.verify()
+        except (binascii.Error, OSError, SyntaxError) as error:
+            raise BrokenReplyError(f"something that is no picture ({error})") from error
+        told = reply.usage
+        usage = Usage(
+            calls=1,
+            prompt_tokens=told.input_tokens if told else 0,
+            completion_tokens=told.output_tokens if told else 0,
+        )
+        return Drawn(data, self.settings.priced(usage))
+
+    # ------------------------------------------------------------------------------------ what was drawn
+
+    def _key(self, prompt: str, seed: int) -> str:
+        content = json.dumps([self.settings.question, prompt, seed], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _file(self, key: str, suffix: str) -> Path:
+        return self._cache / key[:2] / f"{key}{suffix}"
+
+    def _keep(self, key: str, drawn: Drawn) -> None:
+        target = self._file(key, ".image")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary.write_bytes(drawn.data)
+        temporary.replace(target)
+        write_atomic(self._file(key, ".json"), drawn.usage.model_dump_json() + "\n")
