@@ -10,6 +10,7 @@ from PIL import Image
 
 from tasks.images import (
     UnreadableImageError,
+    encoded,
     grid,
     load_image,
     load_images,
@@ -206,3 +207,22 @@ def test_greyscale_weights_sum_to_one():
     assert torch.allclose(to_greyscale(RED.view(3, 1, 1)), torch.tensor(0.299))
     with pytest.raises(ValueError, match="takes"):
         to_greyscale(torch.ones(1, 4, 4))
+
+
+# ---------------------------------------------------------------------------------------- kinds of files
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+@pytest.mark.parametrize("shape", [(3, 40, 60), (1, 9, 7), (3, 200, 300)])
+def test_both_kinds_keep_every_pixel(tmp_path, suffix, shape):
+    image = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0)) / 255
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(encoded(image, suffix))
+    assert torch.equal(load_image(path, None), image.expand(3, -1, -1))
+    with Image.open(path) as picture:
+        assert picture.format == suffix[1:].upper()
+
+
+def test_other_kinds_are_refused():
+    with pytest.raises(ValueError, match=r"as png or webp, not as '\.jpg'"):
+        encoded(torch.zeros(3, 2, 2), ".jpg")

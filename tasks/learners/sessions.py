@@ -66,9 +66,10 @@ class SessionLearner(ABC):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """See :meth:`Learner.features`."""
+        if len(images) == 0:
+            return torch.zeros(0, self.backbone.width)
         self.backbone.eval()
-        parts = [self.backbone(part.to(self.device)).float().cpu() for part in images.split(FEATURE_BATCH)]
-        return torch.cat(parts) if len(images) else torch.zeros(0, self.backbone.width)
+        return torch.cat([self.backbone(x.to(self.device)).float().cpu() for x in images.split(FEATURE_BATCH)])
 
     @abstractmethod
     def predict(self, images: Tensor, seen: Sequence[int]) -> Tensor:

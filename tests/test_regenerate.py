@@ -1,0 +1,127 @@
+"""Stage 6 with a fake generator: what is written, and what a memory that is too small or a kill leave."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flows.config import ExperimentConfig, load_config
+from tasks import loading
+from tasks.context import EpochContext
+from tasks.images import load_image
+from tasks.records import ArtifactRef, AugmentationSet, AugmentedImage, Digest, ImageRef, LoopState, Session
+from tasks.regenerate import regenerate
+from tasks.store import digest_of, read_lines, write_json
+
+SIZE, SHOTS = 8, 7
+
+
+class Fake:
+    """Images whose red tells the batch they were drawn in, their green the seed; more than ``fits`` is halved."""
+
+    def __init__(self, batch: int, fits: int, dies_after: int | None = None) -> None:
+        self.batch, self.fits, self.dies_after, self.calls = batch, fits, dies_after, 0
+
+    def use_adapter(self, folder: Path | None) -> None:
+        assert folder is None
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        self.calls += 1
+        if self.dies_after is not None and self.calls > self.dies_after:
+            raise KeyboardInterrupt
+        while self.batch > self.fits:
+            self.batch //= 2
+        images = torch.zeros(len(prompts), 3, SIZE, SIZE)
+        images[:, 0] = self.batch / 255
+        images[:, 1] = torch.tensor([seed % 251 / 255 for seed in seeds])[:, None, None]
+        return images
+
+
+class Place:
+    """One session of one class in a store of its own."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.monkeypatch = root, monkeypatch
+        train = tuple(
+            ImageRef(id=f"o{n}", path=f"{n}.png", digest=Digest(f"o{n}"), label=0) for n in range(SHOTS)
+        )
+        session = Session(
+            index=0, new_classes=(0,), seen_classes=(0,), train=train, val=(), test=(), val_rule="leave_one_out"
+        )  # fmt: skip
+        (root / "stages" / "before" / "0").mkdir(parents=True)
+        write_json(root / "stages" / "before" / "0" / "session.json", session)
+
+    def config(self, *overrides: str) -> ExperimentConfig:
+        fixed = ["generator.batch=4", f"generator.size={SIZE}", "augmenter.min_per_class=1", *overrides]
+        return load_config([f"runtime.state={self.root}", "method=fixed_sd", *fixed])
+
+    def draw(self, fake: Fake, *overrides: str) -> tuple[AugmentationSet, list[AugmentedImage], Path]:
+        config = self.config(*overrides)
+        session = self.root / "stages" / "before" / "0" / "session.json"
+        context = EpochContext(
+            run="r", seed=0, session=0, epoch=0,
+            session_ref=ArtifactRef(path="before/0/session.json", digest=digest_of(session), kind="session"),
+            start=LoopState(), class_names=("bird",), n_base=1, dataset=config.dataset, runtime=config.runtime,
+        )  # fmt: skip
+        self.monkeypatch.setattr(loading, "_generator", lambda *_: fake)
+        drawn = regenerate.fn(context, 0, config.augmenter, config.generator, None, None).output
+        rows = read_lines(context.store.locate(drawn.manifest), AugmentedImage)
+        return drawn, rows, context.store.locate(drawn.images)
+
+    def partial(self) -> list[str]:
+        return sorted(path.name for path in self.root.glob("stages/regenerate/*.partial/shard-*"))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    return Place(tmp_path, monkeypatch)
+
+
+def batches(rows: list[AugmentedImage], images: Path) -> set[int]:
+    return {round(float(load_image(images / row.path, None)[0, 0, 0]) * 255) for row in rows}
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_images_are_stored_as_chosen_without_loss(place: Place, kind: str) -> None:
+    drawn, rows, images = place.draw(Fake(4, fits=4), f"generator.format={kind}")
+    assert drawn.count == len(rows) == SHOTS
+    assert drawn.batch_shape == (4, 3, SIZE, SIZE)
+    assert {Path(row.path).suffix for row in rows} == {f".{kind}"}
+    assert all(digest_of(images / row.path) == row.digest for row in rows)
+    for row in rows:
+        assert round(float(load_image(images / row.path, None)[1, 0, 0]) * 255) == row.seed % 251
+    assert not list(images.parent.glob("shard-*"))
+
+
+def test_the_record_keeps_the_batch_that_fitted_and_all_images_share_it(place: Place) -> None:
+    drawn, rows, images = place.draw(Fake(4, fits=2))
+    assert drawn.batch_shape == (2, 3, SIZE, SIZE)
+    assert batches(rows, images) == {2}
+
+
+def test_memory_that_runs_short_on_the_way_begins_the_set_anew(place: Place) -> None:
+    fake = Fake(4, fits=4)
+    draw = fake.draw
+
+    def shrinking(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        fake.fits = 4 if fake.calls == 0 else 1
+        return draw(prompts, seeds)
+
+    fake.draw = shrinking  # type: ignore[method-assign]
+    drawn, rows, images = place.draw(fake)
+    assert drawn.batch_shape == (1, 3, SIZE, SIZE)
+    assert batches(rows, images) == {1}
+    assert fake.calls == 4, "one shard, the one that did not fit, and both again"
+
+
+def test_a_killed_attempt_is_taken_up_with_the_batch_that_fitted(place: Place) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        place.draw(Fake(4, fits=2, dies_after=1))
+    assert place.partial() == ["shard-2-000000.jsonl"]
+    fresh = Fake(4, fits=4)  # another process, with more memory left
+    drawn, rows, images = place.draw(fresh)
+    assert fresh.calls == 1, "the sealed shard is not drawn again"
+    assert drawn.batch_shape == (2, 3, SIZE, SIZE)
+    assert batches(rows, images) == {2}
