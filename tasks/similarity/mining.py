@@ -14,6 +14,8 @@ settle, and a class with one failing shot ends with one prompt. With ``nearest``
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tasks.records import AugmentedImage, Cluster, FailurePair, ImageRef, Triplet
@@ -28,6 +30,9 @@ from tasks.similarity.selection import (
     start_index,
 )
 from tasks.similarity.ssim import SsimRows, pairwise_ssim
+
+_PAIR_BYTES = 4 + 12 + 8
+"""Of one similarity while negatives are picked: itself, its place and value in order, the sort's own copy."""
 
 
 @dataclass(frozen=True)
@@ -74,26 +79,23 @@ def mine_class(
     if len(whole) == 0:
         return Mined([], [], [], filtered)
     kept, shown = [candidates[i] for i in whole.tolist()], shown[whole]
-    rows = SsimRows(shown).row
-    centres = farthest_points(rows, len(kept), start_index(shown), settings.centres, settings.gap)
-    members = [
-        [kept[i].id for i in own] for own in _owned(assign_clusters(rows, len(kept), centres), len(centres))
-    ]
+    centres, owned = _clusters(shown, settings)
+    members = [[kept[i].id for i in own] for own in owned]
     if settings.inherit == "all" and others:
         nearest = pairwise_ssim(prepare(other_images, settings), shown[centres]).argmax(1)
         for names, own in zip(members, _owned(nearest, len(centres)), strict=True):
             names += [others[i].id for i in own]
-    similarities = pairwise_ssim(prepare(failure_images, settings), shown)
+    to_centres, hardest = _against(failure_images, shown, centres, settings)
     return Mined(
         pairs=[
             FailurePair(
                 label=label,
                 original=failures[i],
                 augmented_id=kept[centre].id,
-                ssim=_rounded(similarities[i, centre]),
+                ssim=_rounded(to_centres[i, place]),
             )
-            for centre, compared in zip(
-                centres, compared_with(similarities[:, centres], settings.pairs), strict=True
+            for place, (centre, compared) in enumerate(
+                zip(centres, compared_with(to_centres, settings.pairs), strict=True)
             )
             for i in compared
         ],
@@ -102,11 +104,9 @@ def mine_class(
                 label=label,
                 positive=failure,
                 negatives=tuple(kept[i].id for i in negatives),
-                ssims=tuple(_rounded(row[i]) for i in negatives),
+                ssims=tuple(negatives.values()),
             )
-            for failure, row, negatives in zip(
-                failures, similarities, hardest_negatives(similarities, settings.negatives), strict=True
-            )
+            for failure, negatives in zip(failures, hardest, strict=True)
         ],
         clusters=[
             Cluster(label=label, centre=kept[centre].id, members=tuple(names))
@@ -114,6 +114,39 @@ def mine_class(
         ],
         filtered=filtered,
     )
+
+
+def _clusters(shown: Float[Tensor, "n c s s"], settings: MiningSettings) -> tuple[list[int], list[list[int]]]:
+    """Farthest points, and the images nearest to each. What the rows needed is free again afterwards."""
+    rows = SsimRows(shown).row
+    centres = farthest_points(rows, len(shown), start_index(shown), settings.centres, settings.gap)
+    return centres, _owned(assign_clusters(rows, len(shown), centres), len(centres))
+
+
+def _against(
+    failure_images: Float[Tensor, "m 3 h w"],
+    shown: Float[Tensor, "n c s s"],
+    centres: list[int],
+    settings: MiningSettings,
+) -> tuple[Float[Tensor, "m k"], list[dict[int, float]]]:
+    """SSIM of each failure with each centre, and its hardest negatives with theirs; some failures at a time.
+
+    Of the m x n similarities only what is returned is kept: memory does not grow with m n.
+    """
+    to_centres: list[Tensor] = []
+    hardest: list[dict[int, float]] = []
+    for part in failure_images.split(_at_once(shown, settings.memory_mb)):
+        found = pairwise_ssim(prepare(part, settings), shown, memory_mb=max(1, settings.memory_mb * 3 // 4))
+        to_centres.append(found[:, centres])
+        for row, negatives in zip(found, hardest_negatives(found, settings.negatives), strict=True):
+            hardest.append({i: _rounded(row[i]) for i in negatives})
+    return torch.cat(to_centres), hardest
+
+
+def _at_once(shown: Float[Tensor, "n c s s"], memory_mb: int) -> int:
+    """How many failures fill a quarter of the memory, with their similarities sorted and their pixels prepared."""
+    needed = _PAIR_BYTES * len(shown) + 2 * 4 * shown[0].numel()
+    return max(1, memory_mb * 2**20 // 4 // needed)
 
 
 def _one_label(failures: Sequence[ImageRef], candidates: Sequence[AugmentedImage]) -> int:

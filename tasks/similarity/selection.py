@@ -24,9 +24,14 @@ from tasks.similarity.ssim import TAPS
 Rows = Callable[[int], Float[Tensor, " n"]]
 """Similarities in [-1, 1] of one image to every image, such as ``SsimRows(images).row``."""
 
+_ROWS, _COLUMNS = 64, 512  # of all images' pixels, taken at once
+
 
 class MiningSettings(Frozen):
-    """What is selected, and at which resolution images are compared."""
+    """What is selected, and at which resolution images are compared.
+
+    ``memory_mb`` bounds what mining a class needs beyond its images; it is no part of what is recorded.
+    """
 
     centres: int = Field(ge=1)
     negatives: int = Field(ge=1, le=8)
@@ -36,6 +41,7 @@ class MiningSettings(Frozen):
     gap: float = Field(ge=0, le=2)
     inherit: Literal["correct", "all"]
     pairs: Literal["all", "nearest"]
+    memory_mb: int = Field(default=256, ge=4, exclude=True)
 
 
 def prepare(images: Float[Tensor, "n 3 h w"], settings: MiningSettings) -> Float[Tensor, "n c s s"]:
@@ -75,8 +81,10 @@ def start_index(images: Float[Tensor, "n c h w"]) -> int:
     """
     if len(images) == 0:
         raise ValueError("start_index needs at least one image, got none")
-    flat = images.flatten(1).double()
-    return _lowest_argmin(_finite((flat - flat.mean(0)).square().sum(1), "an image"))
+    flat = images.flatten(1)  # in double precision a part at a time
+    mean = torch.cat([columns.double().mean(0) for columns in flat.split(_COLUMNS, dim=1)])
+    far = torch.cat([(rows.double() - mean).square().sum(1) for rows in flat.split(_ROWS)])
+    return _lowest_argmin(_finite(far, "an image"))
 
 
 def farthest_points(rows: Rows, n: int, start: int, k: int, gap: float) -> list[int]:

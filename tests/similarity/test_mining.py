@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from tasks.records import AugmentedImage, Digest, ImageRef
+from tasks.similarity import mining
 from tasks.similarity.mining import mine_class
 from tasks.similarity.selection import MiningSettings
-from tasks.similarity.ssim import ssim
+from tasks.similarity.ssim import pairwise_ssim, ssim
 
 SETTINGS = MiningSettings(
     centres=2, negatives=3, ssim_size=16, min_contrast=0.02, greyscale=True, gap=0.05, inherit="correct", pairs="all"
@@ -130,3 +131,33 @@ def test_wrongly_classified_generations_inherit_from_the_centre_they_resemble(pi
         if image in [c.centre for c in opened.clusters]:
             assert home == image
     assert (opened.pairs, opened.triplets) == (closed.pairs, closed.triplets)
+
+
+def test_little_memory_gives_the_same_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.rand(440, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    sizes: list[int] = []
+
+    def watched(a: torch.Tensor, b: torch.Tensor, *, memory_mb: int) -> torch.Tensor:
+        sizes.append(len(a))
+        return pairwise_ssim(a, b, memory_mb=memory_mb)
+
+    monkeypatch.setattr(mining, "pairwise_ssim", watched)
+    mined = [
+        mine_class(
+            [original(n) for n in range(400)],
+            images[:400],
+            [generated(n) for n in range(40)],
+            images[400:],
+            [],
+            NONE,
+            SETTINGS.model_copy(update={"memory_mb": memory_mb}),
+        )
+        for memory_mb in (256, 4)
+    ]
+    assert mined[0] == mined[1]
+    assert sizes[0] == 400 == sum(sizes[1:])
+    assert len(sizes) > 2
+
+
+def test_memory_is_no_part_of_what_is_recorded() -> None:
+    assert "memory_mb" not in SETTINGS.model_dump()

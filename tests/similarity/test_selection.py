@@ -153,3 +153,9 @@ def test_images_are_compared_at_the_size_and_in_the_colours_set() -> None:
     assert prepare(images[:0], settings).shape == (0, 1, 16, 16)
     same = settings.model_copy(update={"greyscale": False, "ssim_size": 40})
     assert torch.equal(prepare(images, same), images)
+
+
+def test_the_start_is_the_whole_formulas_however_many_images_and_pixels_there_are() -> None:
+    images = torch.rand(150, 3, 15, 15, generator=torch.Generator().manual_seed(2))
+    flat = images.flatten(1).double()
+    assert start_index(images) == int((flat - flat.mean(0)).norm(dim=1).argmin())
