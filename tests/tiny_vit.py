@@ -21,19 +21,20 @@ ARGUMENTS = {
 }
 
 
-def save_tiny_vit(folder: Path, **changes: object) -> BackboneSettings:
+def save_tiny_vit(folder: Path, depth: int = 2, **changes: object) -> BackboneSettings:
     """Write config.json (with ``changes``) and model.safetensors, and return settings that read them."""
+    arguments = ARGUMENTS | {"depth": depth}
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = VisionTransformer(**ARGUMENTS)
+        network = VisionTransformer(**arguments)
         for (
             parameter
         ) in network.parameters():  # the initial patch projection is near zero: all pictures alike
             torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else None
     config = {
         "architecture": "timm.models.vision_transformer.VisionTransformer",
-        "arguments": ARGUMENTS,
+        "arguments": arguments,
         "mean": [0.5, 0.5, 0.5],
         "std": [0.25, 0.25, 0.25],
     } | changes
