@@ -12,7 +12,7 @@ VERBS = ("train_classifier", "evaluate", "mine_failures", "vlm_compare", "tune_l
 ONLY_IN = {
     "prefect": ("flows/", *(f"tasks/{verb}.py" for verb in VERBS)),
     "mlflow": ("tasks/tracking.py",),
-    "openai": ("tasks/vlm/endpoint.py",),
+    "openai": ("tasks/vlm/endpoint.py", "tasks/vlm/failures.py"),
     "hydra": ("flows/__main__.py", "flows/config.py"),
 }
 NOUN_EDGES = {("diffusion", "similarity"), ("learners", "classification")}

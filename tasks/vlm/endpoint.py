@@ -1,4 +1,4 @@
-"""Many requests to one OpenAI-compatible address, through the official library: the only import of it.
+"""Many requests to one OpenAI-compatible address, through the official library.
 
 A fixed number of workers draw from the list of requests, so that concurrency is bounded; each attempt keeps
 the pace (requests and tokens per minute) and is tried again, with backoff or after the time that the server
@@ -11,10 +11,9 @@ and is blotted out of all that comes back, answers included.
 """
 
 import asyncio
-import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from tasks.records import Usage
 from tasks.vlm.budget import Budget
+from tasks.vlm.failures import FAILURES, headers_of, in_one_sentence, may_pass, moderated
 from tasks.vlm.pacing import LONGEST_WAIT, Backoff, Pace, retry_after
 from tasks.vlm.transport import BudgetError, TransportSettings, VlmError, VlmUnavailableError
 
@@ -36,7 +36,6 @@ NO_KEY = "none"
 
 Connection = AsyncOpenAI
 Send = Callable[[AsyncOpenAI], Awaitable[Any]]
-OUT_OF_CREDIT = ("insufficient_quota", "billing_hard_limit_reached")
 
 
 class Answered(Protocol):
@@ -49,10 +48,6 @@ class Answered(Protocol):
 
 T = TypeVar("T")
 A = TypeVar("A", bound=Answered)
-
-
-class BrokenReplyError(Exception):
-    """A reply that is none; asking again may help."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ class Endpoint:
         async def work(client: AsyncOpenAI) -> T:
             try:
                 return await send(client)
-            except openai.OpenAIError as error:
+            except FAILURES as error:
                 raise self._in_one_sentence(error) from None
 
         return self._connected(work)
@@ -174,8 +169,8 @@ class Endpoint:
             await asyncio.sleep(self._pace.reserve(worst.tokens))
             try:
                 answer = call.read(await call.send(client), self._without_key)
-            except (openai.OpenAIError, BrokenReplyError, json.JSONDecodeError) as error:
-                if call.refused is not None and _moderated(error):
+            except FAILURES as error:
+                if call.refused is not None and moderated(error):
                     return call.refused()
                 if (wait := self._wait(error, attempt)) is None:
                     raise self._in_one_sentence(error) from None
@@ -188,9 +183,9 @@ class Endpoint:
 
     def _wait(self, error: Exception, attempt: int) -> float | None:
         """Seconds before the next attempt; None where there shall be none."""
-        if attempt >= self._settings.max_retries or self._stopping or not _may_pass(error):
+        if attempt >= self._settings.max_retries or self._stopping or not may_pass(error):
             return None
-        asked = retry_after(_headers(error))
+        asked = retry_after(headers_of(error))
         if asked is None:
             return self._backoff.seconds(attempt)
         if asked > LONGEST_WAIT:
@@ -231,66 +226,9 @@ class Endpoint:
         key = os.environ.get(self._settings.api_key_env or "", "").strip()
         return text.replace(key, "***") if key else text
 
-    # ------------------------------------------------------------------------------------ errors
-
     def _in_one_sentence(self, error: Exception) -> VlmError:
-        s, address = self._settings, self._base_url or "the provider's address"
-        who = f"the {s.noun} at {address}"
-        said = self._without_key(" ".join(str(getattr(error, "message", error)).split()))[:300]
-        if isinstance(error, openai.APITimeoutError):
-            return VlmUnavailableError(
-                f"{who} did not answer within {s.timeout_s:g} s; "
-                f"raise {s.group}.timeout_s or lower {s.group}.concurrency"
-            )
-        if isinstance(error, openai.APIConnectionError):
-            cause = self._without_key(str(error.__cause__ or said))
-            return VlmUnavailableError(
-                f"no {s.noun} answers at {address} ({cause}); "
-                f"start the server there, correct {s.group}.base_url, or {s.instead}"
-            )
-        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return VlmUnavailableError(
-                f"{who} refuses the key of {s.api_key_env or f'{s.group}.api_key_env=null'}: {said}; "
-                f"put a valid key into the variable that {s.group}.api_key_env names"
-            )
-        if isinstance(error, openai.NotFoundError):
-            return VlmUnavailableError(
-                f"{who} knows no model {getattr(s, 'model', None)!r} or no such request: {said}; "
-                f"correct {s.group}.model or {s.group}.base_url"
-            )
-        if isinstance(error, openai.RateLimitError):
-            return VlmError(
-                f"{who} takes no more requests for now: {said}; what was answered is kept: lower {s.group}.concurrency, "
-                f"set {s.group}.requests_per_minute and {s.group}.tokens_per_minute to your account's, and run it again"
-            )
-        if isinstance(error, BrokenReplyError | json.JSONDecodeError):
-            return VlmError(f"{who} sent {said}; check that {s.group}.base_url ends in /v1")
-        return VlmError(f"{who} did not answer: {type(error).__name__}: {said}")
-
-
-def _headers(error: Exception) -> Mapping[str, str]:
-    return error.response.headers if isinstance(error, openai.APIStatusError) else {}
-
-
-def _code(error: Exception) -> str:
-    return str(getattr(error, "code", None) or "")
-
-
-def _moderated(error: Exception) -> bool:
-    codes = ("content_filter", "content_policy_violation", "moderation_blocked")
-    return isinstance(error, openai.BadRequestError) and _code(error) in codes
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may be answered when it is sent again."""
-    if isinstance(error, openai.APIStatusError):
-        if (told := error.response.headers.get("x-should-retry")) in ("true", "false"):
-            return told == "true"
-        if _code(error) in OUT_OF_CREDIT:
-            return False
-        return error.status_code in (408, 409, 429) or error.status_code >= 500
-    broken = openai.APIConnectionError | openai.APIResponseValidationError
-    return isinstance(error, broken | BrokenReplyError | json.JSONDecodeError)
+        address = self._base_url or "the provider's address"
+        return in_one_sentence(error, self._settings, address, self._without_key)
 
 
 def _run_here(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -307,7 +245,7 @@ async def served_models(client: AsyncOpenAI) -> list[str]:
     """The models that a server lists; empty if it has no such list."""
     try:
         return [model.id for model in (await client.models.list()).data or []]
-    except (openai.NotFoundError, openai.APIResponseValidationError):
+    except (openai.NotFoundError, openai.APIResponseValidationError, ValueError):  # no list, or no JSON
         return []
     except openai.APIStatusError as error:
         if error.status_code in (405, 501):

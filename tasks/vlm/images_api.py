@@ -25,7 +25,8 @@ from torch import Tensor
 from tasks.images import Format, load_images
 from tasks.records import Digest, Usage
 from tasks.store import write_atomic
-from tasks.vlm.endpoint import BrokenReplyError, Call, Connection, Endpoint, served_models
+from tasks.vlm.endpoint import Call, Connection, Endpoint, served_models
+from tasks.vlm.failures import BrokenReplyError
 from tasks.vlm.pacing import Backoff
 from tasks.vlm.transport import TransportSettings, VlmError
 

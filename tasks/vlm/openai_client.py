@@ -10,7 +10,8 @@ from typing import Any
 
 from tasks.records import Usage
 from tasks.vlm.client import ChatClient, Message, OnReply, Reply, Request, Sampling, VlmSettings
-from tasks.vlm.endpoint import BrokenReplyError, Call, Connection, Endpoint, served_models
+from tasks.vlm.endpoint import Call, Connection, Endpoint, served_models
+from tasks.vlm.failures import BrokenReplyError
 from tasks.vlm.pacing import Backoff, Guess
 
 IMAGE_TOKENS = {"low": 100, "auto": 800, "high": 800}

@@ -53,6 +53,7 @@ def test_every_yaml_composes_and_validates(group: str) -> None:
         more = ["vlm.transcript=transcript.jsonl"] if (group, name) == ("vlm", "cassette") else []
         more += ["dataset.root=images"] if name == "imagefolder" else []
         more += ["augmenter=none"] if (group, name) == ("learner", "vlm_zero_shot") else []
+        more += ["images_api=openai"] if (group, name) == ("augmenter", "images_api") else []
         config = load_config([f"{group}={name}", *more])
         assert group != "method" or config.method == name
 

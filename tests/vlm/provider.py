@@ -5,6 +5,7 @@ provider counts what it was sent and what it answered well, which is what a prov
 """
 
 import base64
+import email.utils
 import json
 import threading
 import time
@@ -30,6 +31,7 @@ class Act:
     hang: float = 0.0
     drop: bool = False
     cut: bool = False
+    until: float = 0.0  # ask to wait so many seconds, as a date
 
 
 def refusal(status: int, message: str = "no", code: str | None = None, **headers: str) -> Act:
@@ -120,7 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[: len(data) // 2]
         elif good:
             self.server.bill(question_of(body))
-        self._reply(act.status, act.headers, data)
+        date = email.utils.formatdate(time.time() + act.until, usegmt=True)
+        self._reply(act.status, {**act.headers, "retry-after": date} if act.until else act.headers, data)
 
     def _good(self, body: dict[str, Any]) -> dict[str, Any]:
         if self.path.endswith("/images/generations"):

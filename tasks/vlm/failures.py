@@ -1,0 +1,91 @@
+"""Why a provider did not answer: whether to ask again, and what to tell the user.
+
+Beside :mod:`tasks.vlm.endpoint` the only import of the official library, for the kinds of its errors.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+
+import openai
+
+from tasks.vlm.transport import TransportSettings, VlmError, VlmUnavailableError
+
+OUT_OF_CREDIT = ("insufficient_quota", "billing_hard_limit_reached")
+MODERATED = ("content_filter", "content_policy_violation", "moderation_blocked")
+
+
+class BrokenReplyError(Exception):
+    """A reply that is none; asking again may help."""
+
+
+FAILURES = (openai.OpenAIError, BrokenReplyError, json.JSONDecodeError)
+"""All that can go wrong with a request."""
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same request may be answered when it is sent again."""
+    if isinstance(error, openai.APIStatusError):
+        if (told := error.response.headers.get("x-should-retry")) in ("true", "false"):
+            return told == "true"
+        if _code(error) in OUT_OF_CREDIT:
+            return False
+        return error.status_code in (408, 409, 429) or error.status_code >= 500
+    broken = openai.APIConnectionError | openai.APIResponseValidationError
+    return isinstance(error, broken | BrokenReplyError | json.JSONDecodeError)
+
+
+def moderated(error: Exception) -> bool:
+    """Whether the provider refuses what was asked, not how or when."""
+    return isinstance(error, openai.BadRequestError) and _code(error) in MODERATED
+
+
+def headers_of(error: Exception) -> Mapping[str, str]:
+    """The headers of the response, names in lower case; none where there was no response."""
+    return error.response.headers if isinstance(error, openai.APIStatusError) else {}
+
+
+def _code(error: Exception) -> str:
+    return str(getattr(error, "code", None) or "")
+
+
+def in_one_sentence(
+    error: Exception, settings: TransportSettings, address: str, without_key: Callable[[str], str]
+) -> VlmError:
+    """The error for the user: who, what, and the remedy.
+
+    Args:
+        error: one of ``FAILURES``.
+        settings: whose group and names the remedy uses.
+        address: who was asked.
+        without_key: blots the key out of what the provider said.
+    """
+    s, group, who = settings, settings.group, f"the {settings.noun} at {address}"
+    said = without_key(" ".join(str(getattr(error, "message", error)).split()))[:300]
+    if isinstance(error, openai.APITimeoutError):
+        return VlmUnavailableError(
+            f"{who} did not answer within {s.timeout_s:g} s; raise {group}.timeout_s or lower {group}.concurrency"
+        )
+    if isinstance(error, openai.APIConnectionError):
+        cause = without_key(str(error.__cause__ or said))
+        return VlmUnavailableError(
+            f"no {s.noun} answers at {address} ({cause}); "
+            f"start the server there, correct {group}.base_url, or {s.instead}"
+        )
+    if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+        return VlmUnavailableError(
+            f"{who} refuses the key of {s.api_key_env or f'{group}.api_key_env=null'}: {said}; "
+            f"put a valid key into the variable that {group}.api_key_env names"
+        )
+    if isinstance(error, openai.NotFoundError):
+        return VlmUnavailableError(
+            f"{who} knows no model {getattr(s, 'model', None)!r} or no such request: {said}; "
+            f"correct {group}.model or {group}.base_url"
+        )
+    if isinstance(error, openai.RateLimitError):
+        return VlmError(
+            f"{who} takes no more requests for now: {said}; what was answered is kept: lower {group}.concurrency, "
+            f"set {group}.requests_per_minute and {group}.tokens_per_minute to your account's, and run it again"
+        )
+    if isinstance(error, BrokenReplyError | json.JSONDecodeError):
+        return VlmError(f"{who} sent {said}; check that {group}.base_url ends in /v1")
+    return VlmError(f"{who} did not answer: {type(error).__name__}: {said}")
