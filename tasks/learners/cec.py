@@ -2,19 +2,20 @@ r"""CEC: "Few-Shot Incremental Learning with Continually Evolved Classifiers", C
 
 Chi Zhang, Nan Song, Guosheng Lin, Yun Zheng, Pan Pan, Yinghui Xu.
 
-Old and new prototypes were made at different times without knowledge of each other: a graph attention layer over all
-prototypes and the picture asked about adapts them to one another before they are compared. It learns that in the
-base session from pseudo-incremental episodes, in which base classes, rotated, play the new ones; later nothing trains.
+Old and new prototypes were made at different times without knowledge of each other: a graph attention layer
+over all prototypes and the picture asked about adapts them to one another before they are compared. It learns
+that in the base session from pseudo-incremental episodes, in which base classes, rotated, play the new ones;
+later nothing trains.
 
     nodes   = [p_1 .. p_k, q], unit vectors times sqrt(d)
     adapted = LayerNorm(nodes + F softmax(Q K^T / sqrt(d)) V),   Q, K, V, F linear in the nodes
     logit_c = temperature * cos(adapted q, adapted p_c)
 
-Deviations: nodes have one length, so that prototypes may be means of normalised features; an epoch of the loop anneals
-by a cosine instead of in steps; the last weights are kept, where the released code chose them by test accuracy;
-an episode shows each class as many pictures as there are, if fewer than asked for; generated pictures count through
-``generated_weight`` in prototypes and are left out of episodes. A left-out shot is compared by the graph whose node
-of its class is made of the other shots.
+Deviations: nodes have one length, so that prototypes may be means of normalised features; an epoch of the
+loop anneals by a cosine instead of in steps; the last weights are kept, where the released code chose them by
+test accuracy; an episode shows each class as many pictures as there are, if fewer than asked for; generated
+pictures count through ``generated_weight`` in prototypes and are left out of episodes. A left-out shot is
+compared by the graph whose node of its class is made of the other shots.
 """
 
 import math
@@ -128,7 +129,7 @@ class Cec(NcmTuned):
         self.graph = self._new_graph(0)
 
     def learn(self, data: TrainingData, *, seed: int, progress: Progress | None = None) -> list[float]:
-        """Base session: train backbone, then graph; returns the mean losses of its passes and of the episodes.
+        """Base session: train backbone, then graph; returns mean losses of the passes and of the episodes.
 
         Raises:
             ValueError: As :meth:`Learner.learn`, or a base class has less than two pictures.

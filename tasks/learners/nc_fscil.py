@@ -1,29 +1,31 @@
 r"""NC-FSCIL: a head of fixed class directions, ICLR 2023.
 
-Yibo Yang, Haobo Yuan, Xiangtai Li, Zhouchen Lin, Philip Torr, Dacheng Tao: "Neural Collapse Inspired Feature-Classifier
-Alignment for Few-Shot Class-Incremental Learning".
+Yibo Yang, Haobo Yuan, Xiangtai Li, Zhouchen Lin, Philip Torr, Dacheng Tao: "Neural Collapse Inspired
+Feature-Classifier Alignment for Few-Shot Class-Incremental Learning".
 
-A trained classifier tends to equal angles between all class directions, so these are fixed in advance, for all classes
-that will ever come: a simplex equiangular tight frame. Backbone and a small neck are trained towards it in the base
-session; later only the neck is, on the new shots' features and one stored mean feature of each earlier class.
+A trained classifier tends to equal angles between all class directions, so these are fixed in advance, for
+all classes that will ever come: a simplex equiangular tight frame. Backbone and a small neck are trained
+towards it in the base session; later only the neck is, on the new shots' features and one stored mean feature
+of each earlier class.
 
     E    = sqrt(K / (K - 1)) U (I - 1 1^T / K),   U [d, K] with orthonormal columns
     m    = neck(f(x)) / |neck(f(x))|
     loss = scale / 2 (<m, e_y> - 1)^2             logit_c = <m, e_c>
 
-The frame's K is the number of classes of the whole benchmark, which a learner in use would not know: ``etf_classes``
-sets more of them aside.
+The frame's K is the number of classes of the whole benchmark, which a learner in use would not know:
+``etf_classes`` sets more of them aside.
 
-Deviations: one session trains on all of its few features at each step, so that no batch is drawn (the released code's
-result hangs on the batch's size), with no mixing of features or pictures and no targets scaled by class counts; an
-earlier class's mean counts as ``old_weight`` pictures in place of a list of copies by session; within a session each
-epoch of the loop trains the neck from where the session began; the last weights are kept, where the released code
-chose the base model by test accuracy. Generated pictures of new classes join with the share ``generated_weight``;
-those of earlier classes change nothing. ``as_published``: the settings for CUB-200.
+Deviations: one session trains on all of its few features at each step, so that no batch is drawn (the
+released code's result hangs on the batch's size), with no mixing of features or pictures and no targets
+scaled by class counts; an earlier class's mean counts as ``old_weight`` pictures in place of a list of copies
+by session; within a session each epoch of the loop trains the neck from where the session began; the last
+weights are kept, where the released code chose the base model by test accuracy. Generated pictures of new
+classes join with the share ``generated_weight``; those of earlier classes change nothing. ``as_published``:
+the settings for CUB-200.
 
-Left-out shots: the head has no prototype to remove a shot from, so the neck is trained again without it: once for each
-place j, without the j-th original of every class, from where the session began. In the base session, which has
-held-out pictures, nothing is left out.
+Left-out shots: the head has no prototype to remove a shot from, so the neck is trained again without it: once
+for each place j, without the j-th original of every class, from where the session began. In the base session,
+which has held-out pictures, nothing is left out.
 """
 
 import copy
@@ -148,7 +150,7 @@ class NcFscil(SessionLearner):
         self.start = self._new_head(columns, 0)
 
     def learn(self, data: TrainingData, *, seed: int, progress: Progress | None = None) -> list[float]:
-        """Base session: train backbone and neck; later: the neck. Returns the losses of passes, or the last step's."""
+        """Base session: train backbone and neck; later the neck. Returns losses of passes, or the last step's."""
         self._refuse_bad(data)
         fresh = not set(self.new) <= self.known
         if self.new == self.seen:
@@ -191,7 +193,7 @@ class NcFscil(SessionLearner):
         )
 
     def _settle(self, head: FrameHead, features: Tensor, data: TrainingData) -> list[float]:
-        """Train the neck in ``head`` on the new classes' features [n, d] and the means of the earlier ones."""
+        """Train the neck in ``head`` on the new classes' features [n, d] and the earlier ones' means."""
         how, inputs = self.settings.incremental, self._inputs(features, data)
         features, labels, weights = (part.to(self.device) for part in inputs)
         groups = [{"params": [*head.parameters()], "lr": how.learning_rate}]
@@ -289,14 +291,14 @@ def refuse_frame(columns: int, n_classes: int, width: int) -> None:
 
 
 def equiangular_frame(width: int, columns: int) -> Tensor:
-    """Unit columns [width, columns], each two at the cosine -1 / (columns - 1); drawn from torch's generator."""
+    """Unit columns [width, columns] with cosines -1 / (columns - 1); drawn from torch's generator."""
     basis = torch.linalg.qr(torch.randn(width, columns, dtype=torch.float64)).Q
     centred = torch.eye(columns, dtype=torch.float64) - 1 / columns
     return ((columns / (columns - 1)) ** 0.5 * basis @ centred).float()
 
 
 def dot_regression(cosines: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """Loss [n] of cosines [n, K] to the frame's columns and labels [n]; zero where the feature is on its column."""
+    """Loss [n] of cosines [n, K] to the frame's columns and labels [n]; zero on a feature's own column."""
     own = cosines.gather(1, labels[:, None]).squeeze(1)
     return scale / 2 * (own - 1) ** 2
 

@@ -1,8 +1,9 @@
 """Nearest class mean on the frozen pre-trained backbone: no weight is ever trained.
 
-Thomas Mensink, Jakob Verbeek, Florent Perronnin, Gabriela Csurka, "Distance-Based Image Classification: Generalizing
-to New Classes at Near-Zero Cost", TPAMI 2013. A class is the mean of its features, so a new class costs a mean and
-changes nothing else. Deviations: no metric is learned, and features are compared by the cosine.
+Thomas Mensink, Jakob Verbeek, Florent Perronnin, Gabriela Csurka, "Distance-Based Image Classification:
+Generalizing to New Classes at Near-Zero Cost", TPAMI 2013. A class is the mean of its features, so a new
+class costs a mean and changes nothing else. Deviations: no metric is learned, and features are compared by
+the cosine.
 
 Not in the paper's tables, and the first thing that any of their rows should beat. Generated pictures count
 through ``generated_weight``; those of earlier classes change nothing: their prototypes are never out of date.

@@ -1,12 +1,14 @@
 """Fine-tune on the base session, then freeze: the decoupled baseline of few-shot class-incremental learning.
 
-Measured by Chi Zhang, Nan Song, Guosheng Lin, Yun Zheng, Pan Pan, Yinghui Xu, "Few-Shot Incremental Learning with
-Continually Evolved Classifiers", CVPR 2021, as the stage before their graph. A cosine softmax
-is trained with the backbone on the base classes; after that no weight moves, and a class is the mean direction of
-its features. Nothing can be forgotten, and what a new class is worth is what the base classes taught the features.
+Measured by Chi Zhang, Nan Song, Guosheng Lin, Yun Zheng, Pan Pan, Yinghui Xu, "Few-Shot Incremental Learning
+with Continually Evolved Classifiers", CVPR 2021, as the stage before their graph. A cosine softmax is trained
+with the backbone on the base classes; after that no weight moves, and a class is the mean direction of its
+features. Nothing can be forgotten, and what a new class is worth is what the base classes taught the
+features.
 
-Deviations from that paper: Adam with a cosine schedule on a pre-trained ViT (``as_published``: their SGD, its steps
-down replaced by the cosine); the head restarts at the class means in each epoch of the loop; generated pictures.
+Deviations from that paper: Adam with a cosine schedule on a pre-trained ViT (``as_published``: their SGD, its
+steps down replaced by the cosine); the head restarts at the class means in each epoch of the loop; generated
+pictures.
 """
 
 from typing import ClassVar, Literal

@@ -2,16 +2,17 @@ r"""TEEN: "Few-Shot Class-Incremental Learning via Training-Free Prototype Calib
 
 Qi-Wei Wang, Da-Wei Zhou, Yi-Kai Zhang, De-Chuan Zhan, Han-Jia Ye.
 
-A class mean of five shots lies askew, and towards the base classes it resembles: those tell where the whole class
-would lie. So each new prototype is moved towards the base prototypes, weighted by how similar they are to it; nothing
-is trained after the base session.
+A class mean of five shots lies askew, and towards the base classes it resembles: those tell where the whole
+class would lie. So each new prototype is moved towards the base prototypes, weighted by how similar they are
+to it; nothing is trained after the base session.
 
     q_b = softmax over base classes b of  tau <p_new, p_b>
     p'  = alpha p_new + (1 - alpha) sum_b q_b p_b        (all unit vectors; compared by the cosine)
 
-Deviations: prototypes are means of normalised features, and the softmax's sharpness tau is a setting beside the
-head's temperature; the base session is trained as in :mod:`tasks.learners.ncm_tuned`; generated pictures count
-through ``generated_weight``; a left-out shot is compared with the calibrated prototype of the other shots.
+Deviations: prototypes are means of normalised features, and the softmax's sharpness tau is a setting beside
+the head's temperature; the base session is trained as in :mod:`tasks.learners.ncm_tuned`; generated pictures
+count through ``generated_weight``; a left-out shot is compared with the calibrated prototype of the other
+shots.
 """
 
 from typing import ClassVar, Literal

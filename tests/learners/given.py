@@ -1,10 +1,32 @@
-"""Pictures and a recipe that tests of learners share."""
+"""Pictures and settings that tests of learners share."""
+
+from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
+from pydantic import TypeAdapter
 
+from tasks.classification.backbone import BackboneSettings
 from tasks.classification.training import RecipeSettings
 from tasks.learners.base import TrainingData
+from tasks.learners.factory import LearnerSettings
 from tests.tiny_vit import bars, training
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "learner"
+FEW = {"passes": 1, "episodes": 2, "steps": 3, "batch": 8}
+
+
+def recommended(kind: str, backbone: BackboneSettings) -> LearnerSettings:
+    """The settings that we recommend, with short trainings; what is not trained at all stays so."""
+    values = yaml.safe_load((CONFIGS / f"{kind}.yaml").read_text(encoding="utf-8"))
+    values["backbone"] = backbone
+    return TypeAdapter(LearnerSettings).validate_python(_shortened(values))
+
+
+def _shortened(values: dict[str, Any]) -> dict[str, Any]:
+    short = {key: _shortened(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return short | {key: min(few, short[key]) for key, few in FEW.items() if key in short}
 
 
 def pictures(per_class: int, classes: tuple[int, ...], seed: int, generated: bool = False) -> TrainingData:

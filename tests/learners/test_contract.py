@@ -10,17 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
 from tasks.classification.backbone import CheckpointError
 from tasks.learners.base import Learner, TrainingData
 from tasks.learners.factory import LEARNERS, LearnerSettings, make_learner
+from tests.learners.given import recommended
 from tests.tiny_vit import bars, save_tiny_vit
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "learner"
-FEW = {"passes": 1, "episodes": 2, "steps": 3, "batch": 8}
 SESSIONS = (((0, 1, 2), (0, 1, 2)), ((3,), (0, 1, 2, 3)), ((4,), (0, 1, 2, 3, 4)))
 ALL = SESSIONS[-1][1]
 CPU = torch.device("cpu")
@@ -30,15 +27,7 @@ pytestmark = pytest.mark.parametrize("kind", sorted(LEARNERS))
 
 @cache
 def settings(kind: str, vit: Path) -> LearnerSettings:
-    values = yaml.safe_load((CONFIGS / f"{kind}.yaml").read_text(encoding="utf-8"))
-    values["backbone"] = save_tiny_vit(vit, depth=4)
-    return TypeAdapter(LearnerSettings).validate_python(shortened(values))
-
-
-def shortened(values: dict) -> dict:
-    """The same settings with short trainings; what is not trained at all stays so."""
-    short = {key: shortened(value) if isinstance(value, dict) else value for key, value in values.items()}
-    return short | {key: min(few, short[key]) for key, few in FEW.items() if key in short}
+    return recommended(kind, save_tiny_vit(vit, depth=4))
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +36,12 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fresh(kind: str, vit: Path, n_classes: int = 5) -> Learner:
-    return make_learner(settings(kind, vit), n_classes, CPU)
+    names = [f"thing {label}" for label in range(n_classes)]
+    return make_learner(settings(kind, vit), n_classes, CPU, names)
 
 
 def data(session: int, per_class: int = 4) -> TrainingData:
-    """The pictures of a session: ``per_class`` originals of each new class, and two generated ones of all seen."""
+    """A session's pictures: ``per_class`` originals of each new class, two generated ones of all seen."""
     new, seen = SESSIONS[session]
     images, labels = bars(per_class + 2, 5, seed=session)
     is_generated = torch.arange(len(labels)) % (per_class + 2) >= per_class
@@ -171,7 +161,7 @@ def test_an_epoch_can_be_resumed_from_without_a_second_begin(kind: str, vit: Pat
 
 
 def test_no_picture_is_kept(kind: str, vit: Path, tmp_path: Path) -> None:
-    """Nothing holds the tensors, nothing has their shape, and a checkpoint does not grow with their number."""
+    """Nothing holds the tensors or has their shape; a checkpoint does not grow with their number."""
     sizes = []
     for count in (3, 9):
         learner, pictures = fresh(kind, vit), data(0, count)

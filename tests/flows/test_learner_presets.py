@@ -1,0 +1,31 @@
+"""Every learner's preset composes, alone, with generated pictures, as published, and at the paper's size."""
+
+import pytest
+
+from flows.config import ConfigError, choices, load_config
+from tasks.learners.factory import LEARNERS
+
+PRESETS = sorted(set(LEARNERS) & set(choices("method")))
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_learner_composes_with_an_augmenter_and_as_published(method: str) -> None:
+    alone = load_config([f"method={method}"])
+    assert (alone.method, alone.learner.kind, alone.augmenter.draws) == (method, method, False)
+    both = load_config([f"method={method}", "augmenter=guided"])
+    assert (both.learner, both.augmenter.draws) == (alone.learner, True)
+    published = load_config([f"method={method}", f"learner={method}_as_published"]).learner
+    assert published.kind == method
+    assert published != alone.learner
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_a_learner_composes_with_the_paper_s_network(method: str) -> None:
+    config = load_config([f"method={method}", "dataset=cub200", "classifier=vit_b16"])
+    assert config.trained.backbone == config.classifier
+    assert config.classifier.size == 224
+
+
+def test_an_unknown_setting_of_a_learner_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"learner.*meta\.episodes.*greater than or equal to 0"):
+        load_config(["method=cec", "learner.meta.episodes=-1"])
