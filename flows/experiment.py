@@ -87,7 +87,7 @@ def preflight(config: ExperimentConfig) -> Benchmark:
     if config.zero_shot:
         refuse_alike(benchmark.class_names)
     else:
-        check_learner(config.trained, len(benchmark.class_names), len(benchmark.sessions))
+        check_learner(config.trained, benchmark.class_names, len(benchmark.sessions))
     if config.augmenter.draws:
         generator_digest(config.drawer)
         if isinstance(config.drawer, ImagesApiSettings):

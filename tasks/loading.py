@@ -18,6 +18,7 @@ from tasks.diffusion.generator import GeneratorSettings, StableDiffusion
 from tasks.image_cache import MEBIBYTE, ImageCache
 from tasks.learners.base import Learner, TrainingData
 from tasks.learners.factory import LearnerSettings, make_learner
+from tasks.learners.language import language_digest
 from tasks.records import ArtifactRef, AugmentedImage, Digest, ImageRef, Session, Usage
 from tasks.store import Store, digest_of, read_lines
 from tasks.vlm.client import ChatClient, VlmSettings
@@ -99,7 +100,8 @@ def learner_for(
 ) -> Learner:
     """A learner with the given weights, or those the epoch starts from, or the pre-trained ones."""
     context.runtime.apply()
-    model = make_learner(learner, len(context.class_names), context.runtime.torch_device)
+    names = context.class_names
+    model = make_learner(learner, len(names), context.runtime.torch_device, names)
     if (weights := classifier or context.start.classifier) is not None:
         model.load(context.store.locate(weights))
     return model
@@ -115,6 +117,14 @@ def learner_identity(
     """
     settings = learner.model_dump(exclude={"backbone": {"checkpoint", "checkpointing"}})
     return {k: v for k, v in settings.items() if k not in {"base", "incremental"} - {training}}
+
+
+def names_read(context: EpochContext, learner: LearnerSettings) -> dict[str, str]:
+    """What training reads of class names: they and the language model's content, where the learner has one."""
+    language = getattr(learner, "language", None)
+    if language is None:
+        return {}
+    return {"class_names": "\n".join(context.class_names), "language": language_digest(language)}
 
 
 @lru_cache(maxsize=4)

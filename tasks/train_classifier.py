@@ -10,7 +10,14 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.context import EpochContext
 from tasks.learners.factory import LearnerSettings
-from tasks.loading import backbone_digest, learner_for, learner_identity, session_of, training_data
+from tasks.loading import (
+    backbone_digest,
+    learner_for,
+    learner_identity,
+    names_read,
+    session_of,
+    training_data,
+)
 from tasks.records import StageRecord, Training
 from tasks.seeding import seed_for
 from tasks.store import StageFolder
@@ -52,6 +59,7 @@ def train_classifier(context: EpochContext, learner: LearnerSettings) -> StageRe
             "classifier": start.classifier.digest if start.classifier else None,
             "images": start.augmentation.images.digest if start.augmentation else None,
             "manifest": start.augmentation.manifest.digest if start.augmentation else None,
+            **names_read(context, learner),
         },
         seed=seed,
         output=Training,

@@ -14,7 +14,7 @@ class with ``img_size`` among them, ``mean`` and ``std``; a published model's ho
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -96,14 +96,23 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[n, 3, h, w] in [0, 1] to [n, width], not normalised."""
+        prepared = self.prepare(images)
+        with self.computing(images.device):
+            return cast(Tensor, self.network(prepared)).float()
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """[n, 3, h, w] in [0, 1] to what the network takes: [n, 3, size, size], normalised."""
         if images.shape[-2:] != (self.size, self.size):
             images = nn.functional.interpolate(
                 images, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False
             ).clamp(0, 1)
+        return (images - self.mean) / self.std
+
+    def computing(self, device: torch.device) -> AbstractContextManager[object]:
+        """In which the network computes with the precision it was given."""
         if self.precision == "float32":
-            return cast(Tensor, self.network((images - self.mean) / self.std))
-        with torch.autocast(images.device.type, torch.bfloat16):
-            return cast(Tensor, self.network((images - self.mean) / self.std)).float()
+            return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
 
 
 def load_backbone(settings: BackboneSettings) -> Backbone:

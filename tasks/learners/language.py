@@ -1,0 +1,103 @@
+"""Class names as vectors, from the language model that the configuration names.
+
+Only safetensors are read. A name goes into a sentence, the sentence through the model, and its pooled output
+is the vector; a model without one gives the mean of its last hidden states over the sentence.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from tasks.records import Digest, Frozen
+from tasks.store import digest_of
+
+
+class LanguageSettings(Frozen):
+    """Which model reads the class names.
+
+    Attributes:
+        model: Folder or hub id of a text model.
+        tokenizer: The same of its tokenizer; None where it lies with the model.
+        sentence: What a name is read in; ``{}`` stands for it.
+    """
+
+    model: str
+    tokenizer: str | None
+    sentence: str
+
+
+class LanguageError(ValueError):
+    """A language model that is missing or cannot be read; the message names the remedy."""
+
+
+@lru_cache(maxsize=4)
+def word_vectors(settings: LanguageSettings, names: tuple[str, ...]) -> Tensor:
+    """One vector a name [k, d], on the CPU, names in the given order.
+
+    Raises:
+        LanguageError: There is no such model or tokenizer.
+        ValueError: The sentence has no place for a name.
+    """
+    if "{}" not in settings.sentence:
+        raise ValueError(f"learner.language.sentence={settings.sentence!r} has no {{}} for the class name")
+    tokenizer, model = _opened(settings)
+    sentences = [settings.sentence.replace("{}", name) for name in names]
+    vectors = [
+        _vector(model, tokenizer(sentence, return_tensors="pt", truncation=True)) for sentence in sentences
+    ]
+    return torch.stack(vectors)
+
+
+def language_digest(settings: LanguageSettings) -> Digest:
+    """The content id of a model's folder; of a hub's model, its name."""
+    path = Path(settings.model)
+    return digest_of(path) if path.is_dir() else Digest(settings.model)
+
+
+def aligned_names(names: Sequence[str], rule: str) -> tuple[str, ...]:
+    """The name that each label is taught with.
+
+    Args:
+        names: By label.
+        rule: ``correct`` keeps them; ``as_released`` has them in alphabetical order, without their last letter.
+    """
+    if rule == "correct":
+        return tuple(names)
+    return tuple(name[:-1] or name for name in sorted(names))
+
+
+def fitted(vectors: Tensor, width: int) -> Tensor:
+    """Vectors [k, d] turned into [k, width] by a fixed map with orthonormal rows or columns, if they are not yet."""
+    if vectors.shape[1] == width:
+        return vectors
+    drawn = torch.randn(
+        max(vectors.shape[1], width), min(vectors.shape[1], width), generator=torch.Generator().manual_seed(0)
+    )
+    basis = torch.linalg.qr(drawn).Q
+    return vectors @ (basis if vectors.shape[1] > width else basis.T)
+
+
+@lru_cache(maxsize=1)
+def _opened(settings: LanguageSettings) -> tuple[Any, Any]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer or settings.model)
+        model = AutoModel.from_pretrained(settings.model, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise LanguageError(
+            f"the language model {settings.model!r} cannot be read ({str(error).splitlines()[0]}); name a folder "
+            f"or hub id of a text model with learner.language.model="
+        ) from error
+    return tokenizer, model.eval()
+
+
+@torch.no_grad()
+def _vector(model: Any, tokens: Any) -> Tensor:
+    given = model(**tokens)
+    pooled = getattr(given, "pooler_output", None)
+    vector = pooled[0] if pooled is not None else given.last_hidden_state[0].mean(0)
+    return vector.detach().float().cpu()  # type: ignore[no-any-return]
