@@ -35,10 +35,9 @@ def _class_folders(settings: DatasetSettings) -> list[str]:
     """Names of the class folders that hold pictures, sorted."""
     root = settings.root
     if not root.is_dir():
-        raise DatasetError(
-            f"no data at {root}: run `make data DATASET={settings.name.removesuffix('_dev')}`, "
-            f"or name a folder with dataset.root="
-        )
+        fetched = settings.name.removesuffix("_dev")
+        make = f"run `make data DATASET={fetched}`, or " if fetched == "digits" else ""
+        raise DatasetError(f"no data at {root}: {make}name the folder of your pictures with dataset.root=")
     if (root / "train").is_dir() != (root / "test").is_dir():
         there, missing = ("train", "test") if (root / "train").is_dir() else ("test", "train")
         rename = ", rename val/ if it is meant for testing" if (root / "val").is_dir() else ""

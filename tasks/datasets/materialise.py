@@ -57,7 +57,8 @@ def materialise(name: str, root: Path, origin: Origin, say: Callable[[str], None
         DatasetError: Something could not be fetched, is not what it should be, or is in the way.
     """
     if (root / STAMP).is_file():
-        say(f"{name} is complete in {root} ({_recount(name, root):,} pictures); nothing to do")
+        count = _count(name, root, root / "splits", "was complete and is damaged now")
+        say(f"{name} is complete in {root} ({count:,} pictures); nothing to do")
         return
     scratch = _scratch(root)
     scratch.mkdir(parents=True, exist_ok=True)
@@ -75,13 +76,11 @@ def materialise(name: str, root: Path, origin: Origin, say: Callable[[str], None
         ) from error
 
 
-def _recount(name: str, root: Path) -> int:
+def _count(name: str, root: Path, lists: Path, wrong: str) -> int:
     try:
-        return count_pictures(Place(name, root, root / "splits"))
+        return count_pictures(Place(name, root, lists))
     except DatasetError as error:
-        raise DatasetError(
-            f"{root} was complete and is damaged now; move it away and run the command again ({error})"
-        ) from error
+        raise DatasetError(f"{root} {wrong}; move it away and run the command again ({error})") from error
 
 
 def _fetch_lists(name: str, folder: Path, origin: Origin) -> Path:
@@ -102,7 +101,7 @@ def _has_pictures(name: str, root: Path, lists: Path) -> bool:
 
 def _adopt(name: str, root: Path, lists: Path, say: Callable[[str], None]) -> None:
     """Add the lists to pictures that somebody placed there."""
-    count = count_pictures(Place(name, root, lists))
+    count = _count(name, root, lists, "holds some of the pictures, but not all that the lists name")
     if lists.resolve() != (root / "splits").resolve():
         _copy_lists(name, lists, root / "splits")
     _seal(name, root, None, count)

@@ -198,7 +198,9 @@ def refused(message, root, **changes):
 
 
 def test_missing_folder(tmp_path):
-    refused(r"no data at .*nowhere: run `make data DATASET=toy`.*dataset\.root=", tmp_path / "nowhere")
+    says = r"no data at .*nowhere: run `make data DATASET=digits`.*dataset\.root="
+    refused(says, tmp_path / "nowhere", name="digits_dev")
+    refused(r"no data at .*nowhere: name the folder of your pictures", tmp_path / "nowhere")
 
 
 def test_empty_folder(tmp_path):

@@ -231,6 +231,17 @@ def test_pictures_on_disk_are_kept_and_get_the_lists(cub, capsys):
     check_sessions(cub)
 
 
+def test_a_part_of_the_pictures_on_disk_is_refused_and_kept(cub, capsys):
+    cub.world.write_files(cub.root)
+    victim = cub.root / "CUB_200_2011/images/003.Small_eyed_Cat/cat_train_4.jpg"
+    victim.unlink()
+    assert cub.make() == 1
+    said = capsys.readouterr().err
+    assert "holds some of the pictures, but not all" in said
+    assert victim.name in said
+    assert [path.name for path in cub.root.iterdir()] == ["CUB_200_2011"]
+
+
 def test_archive_and_lists_on_disk_need_no_network(cub, tmp_path):
     archive = tmp_path / "mine.tgz"
     archive.write_bytes(cub.shelf.files["/archive.tgz"])
