@@ -90,14 +90,14 @@ def rank_of(unet: UNet2DConditionModel) -> int:
 @contextmanager
 def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
     """The base model for a while; its adapter, if it has one, stays attached."""
-    if not is_attached(unet):
-        yield
-        return
-    unet.disable_adapters()
+    layers = list(_layers(unet))
+    for layer in layers:
+        layer.enable_adapters(False)
     try:
         yield
     finally:
-        unet.enable_adapters()
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 @contextmanager

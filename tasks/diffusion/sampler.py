@@ -19,6 +19,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -173,14 +174,15 @@ def sample_chain(
     return ChainResult(latents=x, kept=kept)
 
 
+@lru_cache(maxsize=16)
 @torch.enable_grad()
 def step_coefficients(scheduler: Scheduler, n_steps: int) -> Float[Tensor, " n_steps"]:
     """The derivative of x_0 by the prediction of each step, by autograd through the scheduler on a scalar.
 
-    Exact for any scheduler whose step is affine, whatever it carries from step to step.
+    Exact for any scheduler whose step is affine, whatever it carries from step to step. Remembered for each scheduler.
 
     Returns:
-        float32 [n_steps]; negative for DDIM on a noise-predicting model.
+        float32 [n_steps], not to be changed; negative for DDIM on a noise-predicting model.
     """
     walker = _fresh(scheduler, n_steps)
     predictions = [torch.zeros(1, 1, 1, 1, requires_grad=True) for _ in range(n_steps)]
