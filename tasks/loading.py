@@ -115,16 +115,17 @@ def learner_identity(
     The path of the pre-trained weights does not, nor how another session trains: so a change of
     ``learner.incremental`` leaves the base session sealed as it is.
     """
-    settings = learner.model_dump(exclude={"backbone": {"checkpoint", "checkpointing"}})
+    apart = {"backbone": {"checkpoint", "checkpointing"}, "language": {"model", "tokenizer"}}
+    settings = learner.model_dump(exclude=apart)
     return {k: v for k, v in settings.items() if k not in {"base", "incremental"} - {training}}
 
 
-def names_read(context: EpochContext, learner: LearnerSettings) -> dict[str, str]:
+def names_read(context: EpochContext, learner: LearnerSettings) -> dict[str, Digest]:
     """What training reads of class names: they and the language model's content, where the learner has one."""
     language = getattr(learner, "language", None)
     if language is None:
         return {}
-    return {"class_names": "\n".join(context.class_names), "language": language_digest(language)}
+    return {"class_names": Digest("\n".join(context.class_names)), "language": language_digest(language)}
 
 
 @lru_cache(maxsize=4)

@@ -11,6 +11,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from tasks.classification.backbone import Backbone
 
@@ -56,9 +57,17 @@ def insert(vit: VisionTransformer, tokens: Tensor, extra: Tensor) -> Tensor:
 
 def through(vit: VisionTransformer, tokens: Tensor, call: BlockCall | None = None) -> Tensor:
     """Tokens [n, t, d] through all blocks, each as ``call`` has it, and the last norm."""
+    again = cast(Any, vit).grad_checkpointing and torch.is_grad_enabled()
     for index, block in enumerate(cast(Any, vit).blocks):
-        tokens = call(index, block, tokens) if call else block(tokens)
+        if again:
+            tokens = cast(Tensor, checkpoint(call or _plainly, index, block, tokens, use_reentrant=False))
+        else:
+            tokens = (call or _plainly)(index, block, tokens)
     return cast(Tensor, cast(Any, vit).norm(tokens))
+
+
+def _plainly(index: int, block: Block, tokens: Tensor) -> Tensor:
+    return cast(Tensor, block(tokens))
 
 
 def split_heads(attention: Attention, tokens: Tensor) -> Tensor:

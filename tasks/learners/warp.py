@@ -106,7 +106,7 @@ class Warp(NcmTuned):
             weight = self._layer(path).weight
             self.basis[path] = torch.eye(weight.shape[1], device=self.device)
             self.mask[path] = torch.zeros_like(weight, dtype=torch.bool)
-            self.mask_before[path] = self.mask[path]
+            self.mask_before[path] = torch.zeros_like(self.mask[path])
 
     def learn(self, data: TrainingData, *, seed: int, progress: Progress | None = None) -> list[float]:
         """Base session: train all, then rotate; later: train free coefficients. Returns each pass's mean loss."""
