@@ -3,9 +3,9 @@
 import pytest
 
 from flows.config import ConfigError, choices, load_config
-from tasks.learners.factory import LEARNERS
+from tasks.learners.factory import LEARNERS, NAMED
 
-PRESETS = sorted(set(LEARNERS) & set(choices("method")))
+PRESETS = sorted({*LEARNERS, *NAMED} & set(choices("method")))
 
 
 @pytest.mark.parametrize("method", PRESETS)

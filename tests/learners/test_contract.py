@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from tasks.classification.backbone import CheckpointError
 from tasks.learners.base import Learner, TrainingData
-from tasks.learners.factory import LEARNERS, LearnerSettings, make_learner
+from tasks.learners.factory import LEARNERS, NAMED, LearnerSettings, make_learner
 from tests.learners.given import recommended
 from tests.tiny_vit import bars, save_tiny_vit
 
@@ -22,7 +22,7 @@ SESSIONS = (((0, 1, 2), (0, 1, 2)), ((3,), (0, 1, 2, 3)), ((4,), (0, 1, 2, 3, 4)
 ALL = SESSIONS[-1][1]
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.parametrize("kind", sorted(LEARNERS))
+pytestmark = pytest.mark.parametrize("kind", sorted([*LEARNERS, *NAMED]))
 
 
 @cache
