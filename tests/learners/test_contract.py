@@ -169,7 +169,8 @@ def test_no_picture_is_kept(kind: str, vit: Path, tmp_path: Path) -> None:
         learner.begin_session(*SESSIONS[0])
         learner.learn(pictures, seed=0)
         del pictures
-        gc.collect()
+        if held() is not None:
+            gc.collect()  # cycles alone may have kept it; a whole collection takes time
         assert held() is None
         learner.save(tmp_path / str(count))
         tensors = load_file(tmp_path / str(count) / "weights.safetensors")
