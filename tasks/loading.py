@@ -19,6 +19,7 @@ from tasks.image_cache import MEBIBYTE, ImageCache
 from tasks.learners.base import Learner, TrainingData
 from tasks.learners.factory import LearnerSettings, make_learner
 from tasks.learners.language import language_digest
+from tasks.miniature.vlm_server import RULES
 from tasks.records import ArtifactRef, AugmentedImage, Digest, ImageRef, Session, Usage
 from tasks.store import Store, digest_of, read_lines
 from tasks.vlm.client import ChatClient, VlmSettings
@@ -197,12 +198,12 @@ def vlm_for(context: EpochContext, settings: VlmSettings, vlm_url: str | None) -
 
 @lru_cache(maxsize=4)
 def vlm_digest(settings: VlmSettings) -> Digest | None:
-    """The content id of the VLM's weights where they are at hand; a provider's model is its name."""
+    """The content id of the VLM's weights, and of its rules, where they are at hand; a provider's model is its name."""
     if settings.kind == "transformers":
         return model_digest(settings)
-    return (
-        digest_of(MINIATURE_CAPTIONER) if settings.kind == "miniature" and settings.base_url is None else None
-    )
+    if settings.kind == "miniature" and settings.base_url is None:
+        return Digest(f"{digest_of(MINIATURE_CAPTIONER)}-{RULES}")
+    return None
 
 
 def generator_identity(settings: DrawerSettings) -> dict[str, object]:
