@@ -1,16 +1,19 @@
 """One experiment: a dataset, a method and a seed, all FSCIL sessions. The flow that deployments start."""
 
 import hashlib
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import Timeout
 from prefect import flow
+from prefect.runtime import flow_run
 
 from flows.config import ExperimentConfig, differences, identity_of, load_config
 from flows.progress import show_experiment
+from flows.ray_shards import check_ray, shards_on
 from flows.session import run_session
 from tasks.context import EpochContext
 from tasks.datasets.benchmark import build_benchmark
@@ -50,9 +53,31 @@ class Split(Frozen):
     test: tuple[ArtifactRef, ...]
 
 
-@flow(name="fscil", flow_run_name="{dataset} · {method} · seed {seed}", persist_result=False)
+def all_overrides(
+    dataset: str, method: str, seed: int, overrides: Sequence[str] | None, models: Sequence[str] | None
+) -> list[str]:
+    """What a flow run's parameters say to Hydra; what ``overrides`` names wins over the others."""
+    wanted = list(overrides or [])
+    named = {override.partition("=")[0] for override in wanted}
+    others = [*(models or []), f"dataset={dataset}", f"method={method}", f"seed={seed}"]
+    return [override for override in others if override.partition("=")[0] not in named] + wanted
+
+
+def _run_name() -> str:
+    """``digits · guided · seed 0``."""
+    given = inspect.signature(fscil.fn).bind(**flow_run.parameters)
+    given.apply_defaults()
+    said = dict(override.partition("=")[::2] for override in all_overrides(*given.args))
+    return f"{said['dataset']} · {said['method']} · seed {said['seed']}"
+
+
+@flow(name="fscil", flow_run_name=_run_name, persist_result=False)
 def fscil(
-    dataset: str = "digits", method: str = "guided", seed: int = 0, overrides: list[str] | None = None
+    dataset: str = "digits",
+    method: str = "guided",
+    seed: int = 0,
+    overrides: list[str] | None = None,
+    models: list[str] | None = None,
 ) -> ExperimentRecord:
     """Run one experiment, or the rest of it.
 
@@ -60,13 +85,14 @@ def fscil(
         dataset: a name in configs/dataset.
         method: a name in configs/method - a row of the tables.
         seed: the run's seed.
-        overrides: any Hydra overrides, e.g. ``["tuning.updates=20"]``.
+        overrides: any Hydra overrides, e.g. ``["tuning.updates=20"]``; they win over what the others say.
+        models: a deployment's own overrides, e.g. ``["classifier=vit_b16", "generator=sd15"]``.
 
     Raises:
         ConfigError: a wrong setting.
         RunError: the run is in progress elsewhere, or its folder was written with other settings.
     """
-    config = load_config([f"dataset={dataset}", f"method={method}", f"seed={seed}", *(overrides or [])])
+    config = load_config(all_overrides(dataset, method, seed, overrides, models))
     record = run_experiment(config)
     show_experiment(record)
     return record
@@ -82,6 +108,7 @@ def preflight(config: ExperimentConfig) -> Benchmark:
     """
     with _held(Store(config.runtime.state), config.run_key):
         _same_settings(config.runtime.runs / config.run_key / "config.json", config)
+    check_ray(config.runtime)
     config.runtime.torch_device  # noqa: B018 - raises where the device is not there
     benchmark = build_benchmark(config.dataset, cache=config.runtime.state / "datasets")
     if config.zero_shot:
@@ -116,6 +143,7 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
             write_json(store.root / "runs" / config.run_key / "provenance.json", origin)
             tracker = stack.enter_context(Tracker.of(config.tracking, store, config.run_key))
             tracker.start(config.identity, origin)
+            stack.enter_context(shards_on(config.runtime))
             sessions = _run_sessions(config, split.output, folder, vlm_url, tracker)
             record = summarise(config, split.output, sessions)
             write_json(folder / "experiment.json", record)

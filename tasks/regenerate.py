@@ -6,20 +6,19 @@ Writes:  images/<class name>/<slot>.<format>  manifest.jsonl, shard by shard, so
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from torch import Tensor
 from tqdm import tqdm
 
 from tasks.augmentation import AugmenterSettings, Slot, first_slots, image_id, next_slots
 from tasks.context import EpochContext
-from tasks.images import Format, encoded
+from tasks.images import Format
 from tasks.loading import (
     DrawerSettings,
     augmented_images,
-    drawer_for,
     generator_digest,
     generator_identity,
     price_of,
@@ -28,6 +27,7 @@ from tasks.loading import (
 )
 from tasks.records import ArtifactRef, AugmentationSet, AugmentedImage, Digest, StageRecord, Verdict
 from tasks.seeding import seed_for
+from tasks.shards import Drawn, Order, Shard, draw_shards
 from tasks.store import StageFolder, digest_of, fingerprint, read_lines, write_lines
 
 VERSION = 1
@@ -118,29 +118,34 @@ def _draw_shards(
     One number holds for the whole set, of which a batch that did not fit the memory leaves a smaller one: then the
     set is begun anew.
     """
-    rows: list[AugmentedImage] = []
-    batch, start = _batch_so_far(folder, generator.batch), 0
+    batch = _batch_so_far(folder, generator.batch)
+    starts = range(0, len(slots), generator.batch)
+    order = Order(context=context, generator=generator, adapter=adapter)
     title = f"session {context.session} epoch {epoch}: drawing"
     with tqdm(total=len(slots), desc=title, unit="image", disable=None, leave=False) as bar:
-        while start < len(slots):
-            stop = min(start + generator.batch, len(slots))
-            if not _marker(folder, batch, start).is_file():
-                model = drawer_for(context, generator, adapter)
-                model.batch = min(model.batch, batch)
-                images = model.draw([slot.prompt for slot in slots[start:stop]], list(seeds[start:stop]))
-                if model.batch < batch:
-                    batch = model.batch
-                    if start > 0:
-                        rows, start = [], 0
-                        bar.reset()
-                        continue
-                drawn = zip(slots[start:stop], seeds[start:stop], images, strict=True)
-                kept = [_keep(context, epoch, folder, generator.format, *one) for one in drawn]
-                write_lines(_marker(folder, batch, start), kept)
-            rows += read_lines(_marker(folder, batch, start), AugmentedImage)
-            bar.update(stop - start)
-            start = stop
-    return rows, batch
+        while missing := [start for start in starts if not _marker(folder, batch, start).is_file()]:
+            kept = len(starts) - len(missing)
+            bar.reset()
+            bar.update(min(kept * generator.batch, len(slots)))
+            shards = [_shard(slots, seeds, start, generator.batch, batch) for start in missing]
+            with closing(draw_shards(order, shards)) as drawing:
+                for drawn in drawing:
+                    anew = drawn.batch < batch and kept > 0
+                    batch = min(batch, drawn.batch)
+                    if anew:
+                        break
+                    if drawn.batch == batch:  # else a worker with more memory, to be asked again
+                        rows = _keep(context, epoch, folder, generator.format, drawn, slots, seeds)
+                        write_lines(_marker(folder, batch, drawn.start), rows)
+                        kept += 1
+                        bar.update(len(rows))
+    done = [read_lines(_marker(folder, batch, start), AugmentedImage) for start in starts]
+    return [row for rows in done for row in rows], batch
+
+
+def _shard(slots: Sequence[Slot], seeds: Sequence[int], start: int, size: int, batch: int) -> Shard:
+    prompts = tuple(slot.prompt for slot in slots[start : start + size])
+    return Shard(start=start, prompts=prompts, seeds=tuple(seeds[start : start + size]), batch=batch)
 
 
 def _marker(folder: Path, batch: int, start: int) -> Path:
@@ -153,20 +158,33 @@ def _batch_so_far(folder: Path, wanted: int) -> int:
 
 
 def _keep(
-    context: EpochContext, epoch: int, folder: Path, kind: Format, slot: Slot, seed: int, image: Tensor
-) -> AugmentedImage:
-    path = f"{context.class_names[slot.label]}/{slot.id}.{kind}"
-    target = folder / "images" / path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(encoded(image, target.suffix))
-    return AugmentedImage(
-        id=image_id(context.session, epoch, slot.id),
-        slot=slot.id,
-        source_id=slot.source_id,
-        label=slot.label,
-        prompt=slot.prompt,
-        seed=seed,
-        path=path,
-        digest=digest_of(target),
-        parent_id=slot.parent_id,
-    )
+    context: EpochContext,
+    epoch: int,
+    folder: Path,
+    kind: Format,
+    drawn: Drawn,
+    slots: Sequence[Slot],
+    seeds: Sequence[int],
+) -> list[AugmentedImage]:
+    """Write a shard's files; their rows."""
+    rows = []
+    for number, content in enumerate(drawn.files, start=drawn.start):
+        slot = slots[number]
+        path = f"{context.class_names[slot.label]}/{slot.id}.{kind}"
+        target = folder / "images" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        rows.append(
+            AugmentedImage(
+                id=image_id(context.session, epoch, slot.id),
+                slot=slot.id,
+                source_id=slot.source_id,
+                label=slot.label,
+                prompt=slot.prompt,
+                seed=seeds[number],
+                path=path,
+                digest=digest_of(target),
+                parent_id=slot.parent_id,
+            )
+        )
+    return rows

@@ -10,13 +10,24 @@ from tasks.records import Frozen
 
 
 class RuntimeSettings(Frozen):
-    """Device, threads, folders, and how many MiB of decoded pictures are kept; no fingerprint covers them."""
+    """Device, threads, folders, and how many MiB of decoded pictures are kept; no fingerprint covers them.
+
+    Attributes:
+        shards: where images are drawn: in this ``process``, or on a ``ray`` cluster.
+        address: of a Ray cluster that runs; None for one of this machine, for as long as the run lasts.
+        workers: shards under way at once on this machine's own cluster; None: one for each core.
+        gpus_per_shard: GPUs that a shard takes where the cluster has any; 0.5 puts two on one.
+    """
 
     device: Literal["auto", "cpu", "cuda"]
     threads: int | None
     image_cache: int = Field(default=2048, ge=0)
     state: Path
     runs: Path
+    shards: Literal["process", "ray"] = "process"
+    address: str | None = None
+    workers: int | None = Field(default=None, ge=1)
+    gpus_per_shard: float = Field(default=1, ge=0)
 
     @property
     def torch_device(self) -> torch.device:

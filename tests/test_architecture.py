@@ -14,6 +14,8 @@ ONLY_IN = {
     "mlflow": ("tasks/tracking.py",),
     "openai": ("tasks/vlm/endpoint.py", "tasks/vlm/failures.py"),
     "hydra": ("flows/__main__.py", "flows/config.py"),
+    "ray": ("flows/ray_shards.py",),
+    "prefect_ray": ("flows/ray_shards.py",),
 }
 NOUN_EDGES = {("diffusion", "similarity"), ("learners", "classification")}
 NOUNS = ("classification", "datasets", "diffusion", "learners", "miniature", "similarity", "vlm")

@@ -1,6 +1,6 @@
 """Stage 6 with a fake generator: what is written, and what a memory that is too small or a kill leave."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,9 +10,10 @@ from torch import Tensor
 from flows.config import ExperimentConfig, load_config
 from tasks import loading
 from tasks.context import EpochContext
-from tasks.images import load_image
+from tasks.images import encoded, load_image
 from tasks.records import ArtifactRef, AugmentationSet, AugmentedImage, Digest, ImageRef, LoopState, Session
 from tasks.regenerate import regenerate
+from tasks.shards import Drawn, Order, Shard, ShardDrawer, draw_parcel, drawn_by, packed
 from tasks.store import digest_of, read_lines, write_json
 
 SIZE, SHOTS = 8, 7
@@ -125,3 +126,61 @@ def test_a_killed_attempt_is_taken_up_with_the_batch_that_fitted(place: Place) -
     assert fresh.calls == 1, "the sealed shard is not drawn again"
     assert drawn.batch_shape == (2, 3, SIZE, SIZE)
     assert batches(rows, images) == {2}
+
+
+# ------------------------------------------------------------------------------------------ drawn elsewhere
+
+
+def workers(fits: list[int]) -> ShardDrawer:
+    """Draws as :class:`Fake` does, each shard on the next worker, of which each has a memory of its own."""
+    memories = iter(fits)
+
+    def elsewhere(order: Order, shards: Sequence[Shard]) -> Iterator[Drawn]:
+        for shard in shards:
+            fake = Fake(shard.batch, next(memories))
+            files = tuple(encoded(image, ".png") for image in fake.draw(shard.prompts, shard.seeds))
+            yield Drawn(start=shard.start, batch=fake.batch, files=files)
+
+    return elsewhere
+
+
+@pytest.mark.parametrize(("fits", "batch"), [([4, 4], 4), ([4, 2, 4, 4], 2), ([2, 4, 4], 2)])
+def test_shards_drawn_elsewhere_share_one_batch_and_are_what_one_process_draws(
+    place: Place, tmp_path: Path, fits: list[int], batch: int
+) -> None:
+    with drawn_by(workers(fits)):
+        drawn, rows, images = place.draw(Fake(4, fits=0))  # this process could not even draw one
+    assert drawn.batch_shape == (batch, 3, SIZE, SIZE)
+    assert batches(rows, images) == {batch}
+    (tmp_path / "here").mkdir()
+    alone, _, _ = Place(tmp_path / "here", place.monkeypatch).draw(Fake(4, fits=batch))
+    assert alone == drawn
+
+
+def test_a_parcel_carries_the_adapter_and_refuses_other_weights(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "stages" / "tune_lora" / "0" / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"lora")
+    adapter = ArtifactRef(path="tune_lora/0/adapter", digest=digest_of(folder), kind="adapter")
+    config = place.config()
+    context = EpochContext(
+        run="r", seed=0, session=0, epoch=1, session_ref=adapter, start=LoopState(), class_names=("bird",),
+        n_base=1, dataset=config.dataset, runtime=config.runtime,
+    )  # fmt: skip
+    seen: list[bytes] = []
+
+    class Adapted(Fake):
+        def use_adapter(self, folder: Path | None) -> None:
+            assert folder is not None
+            assert tmp_path not in folder.parents
+            seen.append((folder / "weights").read_bytes())
+
+    monkeypatch.setattr(loading, "_generator", lambda *_: Adapted(4, fits=4))
+    parcel = packed(Order(context=context, generator=config.generator, adapter=adapter))
+    shard = Shard(start=0, prompts=("a bird",), seeds=(9,), batch=4)
+    assert len(draw_parcel(parcel, shard).files) == 1
+    assert seen == [b"lora"]
+    with pytest.raises(ValueError, match="same weights on every machine"):
+        draw_parcel(parcel.model_copy(update={"weights": Digest("other")}), shard)

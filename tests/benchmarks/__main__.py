@@ -24,7 +24,7 @@ from rich.table import Table
 from tests.benchmarks.measuring import CLOCKS, Plan, Row
 
 PARTS = {
-    "cpu": ("similarity", "mining", "drawing", "tuning", "orchestration"),
+    "cpu": ("similarity", "mining", "drawing", "tuning", "orchestration", "ray"),
     "cuda": ("similarity", "full_size"),
 }
 VERSIONS = ("torch", "diffusers", "peft", "prefect", "scikit-image", "pytorch-msssim")

@@ -1,0 +1,139 @@
+"""Where the images of a set are drawn: in this process, or wherever the run's drawer sends them.
+
+A shard is one batch of the generator. So its shape, the seeds and the number of threads are the same wherever it is
+drawn, and with them every bit of its images. What comes back are the images' files; who asked seals them.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from tasks.context import EpochContext
+from tasks.diffusion.generator import GeneratorSettings
+from tasks.images import encoded
+from tasks.loading import DrawerSettings, drawer_for, generator_digest
+from tasks.records import ArtifactRef, Digest, Frozen
+
+
+class Shard(Frozen):
+    """One batch: where it begins in the set, and how many of its images are drawn at once at most."""
+
+    start: int
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    batch: int
+
+
+class Drawn(Frozen):
+    """A shard's image files, and how many were drawn at once in the end: fewer where the memory did not suffice."""
+
+    start: int
+    batch: int
+    files: tuple[bytes, ...]
+
+
+class Order(Frozen):
+    """What draws the shards of a set."""
+
+    context: EpochContext
+    generator: DrawerSettings
+    adapter: ArtifactRef | None
+
+
+class Parcel(Frozen):
+    """An order for a process that shares neither memory nor folders with this one."""
+
+    order: Order
+    weights: Digest
+    adapter_files: dict[str, bytes]
+
+
+class ShardDrawer(Protocol):
+    """Draws shards somewhere else."""
+
+    def __call__(self, order: Order, shards: Sequence[Shard]) -> Iterator[Drawn]:
+        """The shards drawn, one by one, each as soon as it and those before it are there."""
+
+
+_elsewhere: ContextVar[ShardDrawer | None] = ContextVar("elsewhere", default=None)
+
+
+@contextmanager
+def drawn_by(drawer: ShardDrawer) -> Iterator[None]:
+    """For as long as the block lasts, shards of generators are drawn by ``drawer``."""
+    token = _elsewhere.set(drawer)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
+def draw_shards(order: Order, shards: Sequence[Shard]) -> Iterator[Drawn]:
+    """Draw shards here, or where :func:`drawn_by` says; a provider's images are always asked for from here."""
+    elsewhere = _elsewhere.get()
+    if elsewhere is not None and isinstance(order.generator, GeneratorSettings):
+        yield from elsewhere(order, shards)
+        return
+    for shard in shards:
+        yield draw_shard(order, shard)
+
+
+def draw_shard(order: Order, shard: Shard) -> Drawn:
+    """Draw one shard in this process."""
+    drawer = drawer_for(order.context, order.generator, order.adapter)
+    drawer.batch = min(drawer.batch, shard.batch)
+    images = drawer.draw(list(shard.prompts), list(shard.seeds))
+    files = tuple(encoded(image, f".{order.generator.format}") for image in images)
+    return Drawn(start=shard.start, batch=drawer.batch, files=files)
+
+
+# ------------------------------------------------------------------------------------------ parcels
+
+
+def packed(order: Order) -> Parcel:
+    """The order with its adapter's files, the digest of the weights, and this process's number of threads."""
+    folder = order.context.store.locate(order.adapter) if order.adapter else None
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder else {}
+    runtime = order.context.runtime
+    threads = runtime.threads or torch.get_num_threads()
+    context = order.context.model_copy(update={"runtime": runtime.model_copy(update={"threads": threads})})
+    return Parcel(
+        order=order.model_copy(update={"context": context}),
+        weights=generator_digest(order.generator),
+        adapter_files=files,
+    )
+
+
+def draw_parcel(parcel: Parcel, shard: Shard) -> Drawn:
+    """Draw one shard of a parcel, in the process that it was sent to.
+
+    Raises:
+        ValueError: the generator's weights here are not those of the process that sent it.
+    """
+    order, found = parcel.order, generator_digest(parcel.order.generator)
+    if found != parcel.weights:
+        raise ValueError(
+            f"the generator {order.generator.model_dump().get('path')} has digest {found} on this worker and "
+            f"{parcel.weights} where the run was started; put the same weights on every machine"
+        )
+    state = Path(_scratch().name)
+    runtime = order.context.runtime.model_copy(update={"state": state})
+    if order.adapter is not None:
+        folder = state / "stages" / order.adapter.path
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in parcel.adapter_files.items():
+            (folder / name).write_bytes(content)
+    context = order.context.model_copy(update={"runtime": runtime})
+    return draw_shard(order.model_copy(update={"context": context}), shard)
+
+
+@lru_cache(maxsize=1)
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """This process's own folder for adapters, for as long as it lives."""
+    return tempfile.TemporaryDirectory(prefix="fscil-")
