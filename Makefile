@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 DATASET ?= digits
 SEEDS ?= 0,1,2,3,4
 METHODS ?= finetune,fixed_sd,guided
+PREFECT_PORT ?= 4200
+MLFLOW_PORT ?= 5000
 STAMP := $(VENV)/.installed
 
 .PHONY: help
@@ -57,6 +59,14 @@ study: $(STAMP) ## measure what the method does on the runs in runs/; reports/st
 ui: $(STAMP) ## the MLflow UI on http://127.0.0.1:5000
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db \
 	  --host 127.0.0.1 --port 5000 --workers 1
+
+.PHONY: up
+up: $(STAMP) ## Prefect server, worker and MLflow UI on 127.0.0.1, deployments registered: make up PREFECT_PORT=4200
+	@$(BIN)/python -m flows up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+.PHONY: down
+down: $(STAMP) ## end what `make up` started
+	@$(BIN)/python -m flows down
 
 .PHONY: test
 test: data ## the test suite

@@ -6,6 +6,8 @@
     fscil report                                                         tables, curves and the gallery
     fscil study [--runs runs] [--out reports] [--state .fscil]           what the method does, measured on sealed runs
     fscil windows [generator=... windows=... any Hydra override ...]     which denoising step settles what
+    fscil up [--prefect-port 4200] [--mlflow-port 5000] [--runs 1]       Prefect server, worker, MLflow UI, deployments
+    fscil down                                                           end them
 
 Exit codes: 0 done; 1 a run failed or a replay differs; 2 the command or a setting is wrong; 130 interrupted.
 """
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else EXIT_USAGE
     quieten()
     commands = {"replay": _replay, "report": _report, "study": _study, "windows": _windows}
+    commands |= {"up": _up, "down": _down}
     try:
         if arguments[0] in commands:
             return commands[arguments[0]](arguments[1:])
@@ -192,6 +195,35 @@ def _windows(arguments: Sequence[str]) -> int:
     from flows.windows import write_windows
 
     return _written(lambda: write_windows(load_windows(arguments), Path("reports")))
+
+
+def _up(arguments: Sequence[str]) -> int:
+    from flows.services import ServiceError, up
+
+    parser = argparse.ArgumentParser(
+        "fscil up", description="Start the server, a worker and the MLflow UI here."
+    )
+    for name, number, what in (
+        ("prefect-port", 4200, "of the Prefect server"),
+        ("mlflow-port", 5000, "of the MLflow UI"),
+        ("runs", 1, "flow runs at once; the others wait"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=number, help=f"{what}, {number} by default")
+    chosen = parser.parse_args(arguments)
+    try:
+        lines = up(chosen.prefect_port, chosen.mlflow_port, chosen.runs)
+    except (ValueError, ServiceError) as error:
+        return _fail(error, EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED)
+    print("\n".join(lines))
+    return 0
+
+
+def _down(arguments: Sequence[str]) -> int:
+    from flows.services import down
+
+    argparse.ArgumentParser("fscil down", description="End what `fscil up` started.").parse_args(arguments)
+    print(f"ended: {', '.join(down()) or 'nothing was running'}")
+    return 0
 
 
 def _written(write: Callable[[], list[Path]]) -> int:

@@ -1,0 +1,214 @@
+"""prefect.yaml's deployments are the flow with settings that compose; `make up` serves them, `make down` ends that."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows import services
+from flows.config import load_config
+from flows.experiment import all_overrides, fscil, preflight
+from flows.services import Service
+from tests.conftest import QUICK, ROOT
+
+FILE = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+DEPLOYMENTS = {entry["name"]: entry for entry in FILE["deployments"]}
+SLEEP = (sys.executable, "-c", "import time; time.sleep(120)")
+
+
+def overrides_of(name: str, *more: str) -> list[str]:
+    parameters = DEPLOYMENTS[name]["parameters"]
+    return all_overrides(**{**parameters, "overrides": [*parameters["overrides"], *more]})
+
+
+def test_there_is_one_for_each_dataset() -> None:
+    assert set(DEPLOYMENTS) == {"digits", "cub200", "cifar100", "miniimagenet", "imagefolder"}
+    assert {entry["work_pool"]["name"] for entry in DEPLOYMENTS.values()} == {services.POOL}
+
+
+@pytest.mark.parametrize("name", sorted(DEPLOYMENTS))
+def test_its_entrypoint_imports_and_its_parameters_compose(name: str) -> None:
+    module, _, attribute = DEPLOYMENTS[name]["entrypoint"].rpartition(".")
+    assert getattr(import_module(module), attribute) is fscil
+    assert fscil.validate_parameters(DEPLOYMENTS[name]["parameters"])
+    config = load_config(overrides_of(name))
+    assert config.dataset.name == name
+    assert ("vit_b16" in str(DEPLOYMENTS[name])) == (config.generator.size == 512)
+
+
+def test_overrides_win_over_the_other_parameters() -> None:
+    said = overrides_of("cub200", "seed=2", "method=vlm", "generator=miniature")
+    config = load_config(said)
+    assert (config.seed, config.method, config.generator.size) == (2, "vlm", 32)
+    assert len({one.partition("=")[0] for one in said}) == len(said)
+
+
+@pytest.mark.parametrize("name", ["cub200", "cifar100", "miniimagenet"])
+def test_without_its_data_it_ends_before_any_compute(name: str, tmp_path: Path) -> None:
+    places = ("root", "splits")
+    missing = [f"dataset.{place}={tmp_path / name / place}" for place in places]
+    folders = [f"runtime.{place}={tmp_path / place}" for place in ("state", "runs")]
+    with pytest.raises(ValueError, match=f"make data DATASET={name}|dataset.root"):
+        preflight(load_config(overrides_of(name, *missing, *folders)))
+    assert not list(tmp_path.rglob("stages"))
+
+
+# ------------------------------------------------------------------------------------------ services
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(services, "FOLDER", tmp_path)
+    yield tmp_path
+    services.down()
+
+
+def test_a_service_is_known_by_its_lock_and_ended_alone(folder: Path) -> None:
+    bystander = subprocess.Popen(SLEEP)
+    service = Service("worker", SLEEP, 4999)
+    services._start(service, os.environ)
+    found = services.running(service)
+    assert found is not None
+    assert found[1] == 4999
+    services._start(service, os.environ)
+    assert services.running(service) == found, "a service that runs is not started twice"
+    assert services.down() == ["worker"]
+    assert services.running(service) is None
+    assert services.down() == []
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_a_file_left_by_a_crash_names_no_service(folder: Path) -> None:
+    service = Service("server", SLEEP, 4200)
+    service.pid_file.write_text(f"{os.getpid()} 4200")
+    assert services.running(service) is None
+    assert services.down() == [], "the number is another program's by now: this test's own"
+
+
+def test_a_taken_port_is_one_sentence(folder: Path) -> None:
+    with socket.socket() as other:
+        other.bind((services.HOST, 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} is taken .* make up PREFECT_PORT="):
+            services.up(port, 1)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_service_that_dies_is_named_with_the_end_of_its_log(folder: Path) -> None:
+    service = Service("mlflow", (sys.executable, "-c", "print('no room')"), 5999)
+    services._start(service, os.environ)
+    with pytest.raises(services.ServiceError, match=r"(?s)mlflow ended .*no room"):
+        services._wait(service, lambda: False)
+
+
+# ------------------------------------------------------------------------------------------ end to end
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((services.HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+class Clone:
+    """A copy of the project with ports of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.port, self.mlflow = root, free_port(), free_port()
+        for name in ("flows", "tasks", "configs"):
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("Makefile", "pyproject.toml", "constraints.txt", "prefect.yaml"):
+            shutil.copy2(ROOT / name, root / name)
+        (root / "data").mkdir()
+        (root / "data" / "digits").symlink_to(ROOT / "data" / "digits")
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
+            "PREFECT_API_URL": f"http://{services.HOST}:{self.port}/api"
+        }
+
+    def make(self, target: str, *more: str) -> subprocess.CompletedProcess[str]:
+        settings = (
+            f"PREFECT_PORT={self.port}",
+            f"MLFLOW_PORT={self.mlflow}",
+            f"BIN={Path(sys.executable).parent}",
+        )
+        return self.run("make", "--no-print-directory", target, *settings, "STAMP=pyproject.toml", *more)
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=900
+        )
+
+    def start(self, deployment: str, **parameters: Any) -> subprocess.CompletedProcess[str]:
+        given = [
+            part for key, value in parameters.items() for part in ("--param", f"{key}={json.dumps(value)}")
+        ]
+        return self.run(
+            sys.executable, "-m", "prefect", "deployment", "run", f"fscil/{deployment}", "--watch", *given
+        )
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The flow runs of the flow, newest first."""
+        body = {"flows": {"name": {"any_": ["fscil"]}}, "sort": "EXPECTED_START_TIME_DESC"}
+        return json.loads(
+            services._get(f"{self.environment['PREFECT_API_URL']}/flow_runs/filter", body) or "[]"
+        )
+
+    def logs(self, run: str) -> str:
+        body = {"logs": {"flow_run_id": {"any_": [run]}}}
+        found = json.loads(services._get(f"{self.environment['PREFECT_API_URL']}/logs/filter", body) or "[]")
+        return "\n".join(line["message"] for line in found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_up_runs_deployments_and_down_ends_all_of_it(tmp_path: Path, digits: Path) -> None:
+    clone = Clone(tmp_path / "clone")
+    try:
+        for _ in range(2):  # the second finds everything running
+            done = clone.make("up")
+            assert done.returncode == 0, done.stderr + done.stdout
+            assert f"http://127.0.0.1:{clone.port}" in done.stdout
+            assert f"http://127.0.0.1:{clone.mlflow}" in done.stdout
+        assert "make up" in clone.make("up", f"PREFECT_PORT={free_port()}").stderr.replace(
+            "make down", "make up"
+        )
+
+        began = time.monotonic()
+        done = clone.start("cub200")
+        assert done.returncode == 1, done.stdout
+        (failed,) = clone.runs()
+        assert failed["name"] == "cub200 · guided · seed 0"
+        assert "make data DATASET=cub200" in failed["state"]["message"]
+        assert "make data DATASET=cub200" in clone.logs(failed["id"])
+        assert not (clone.root / ".fscil" / "stages").exists()
+        assert time.monotonic() - began < 240, "seconds on a machine of its own"
+
+        done = clone.start("digits", overrides=["tuning.updats=3"])
+        assert done.returncode == 1
+        assert "did you mean tuning.updates?" in clone.runs()[0]["state"]["message"]
+
+        quick = [*QUICK, "dataset.n_sessions=0", "seed=2", "method=finetune", "stopping.max_epochs=1"]
+        done = clone.start("digits", overrides=quick)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert clone.runs()[0]["name"] == "digits · finetune · seed 2"
+        assert clone.runs()[0]["parameters"]["overrides"] == quick
+        assert (clone.root / "runs" / "digits" / "finetune" / "seed-2" / "experiment.json").is_file()
+        assert (clone.root / "mlflow.db").is_file()
+    finally:
+        done = clone.make("down")
+    assert done.stdout.strip() == "ended: worker, mlflow, server"
+    assert services._get(f"{clone.environment['PREFECT_API_URL']}/health") is None
+    assert "nothing was running" in clone.make("down").stdout
