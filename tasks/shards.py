@@ -5,7 +5,7 @@ drawn, and with them every bit of its images. What comes back are the images' fi
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -74,7 +74,7 @@ def drawn_by(drawer: ShardDrawer) -> Iterator[None]:
         _elsewhere.reset(token)
 
 
-def draw_shards(order: Order, shards: Sequence[Shard]) -> Iterator[Drawn]:
+def draw_shards(order: Order, shards: Sequence[Shard]) -> Generator[Drawn, None, None]:
     """Draw shards here, or where :func:`drawn_by` says; a provider's images are always asked for from here."""
     elsewhere = _elsewhere.get()
     if elsewhere is not None and isinstance(order.generator, GeneratorSettings):
