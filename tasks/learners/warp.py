@@ -146,9 +146,9 @@ class Warp(NcmTuned):
             self.backbone.eval()
             return fit(nn.Identity(), model, data.images, columns, balanced(columns), how, seed, progress)
         finally:
-            for path, layer in layers.items():
-                layer.weight.data = rotated[path].weight().detach()
-                self.backbone.network.set_submodule(path, layer)
+            for path, linear in layers.items():
+                linear.weight.data = rotated[path].weight().detach()
+                self.backbone.network.set_submodule(path, linear)
             self.backbone.requires_grad_(True)
 
     def _freeze_more(self, data: TrainingData) -> None:
