@@ -69,7 +69,9 @@ class SessionLearner(ABC):
         if len(images) == 0:
             return torch.zeros(0, self.backbone.width)
         self.backbone.eval()
-        return torch.cat([self.backbone(x.to(self.device)).float().cpu() for x in images.split(FEATURE_BATCH)])
+        return torch.cat(
+            [self.backbone(x.to(self.device)).float().cpu() for x in images.split(FEATURE_BATCH)]
+        )
 
     @abstractmethod
     def predict(self, images: Tensor, seen: Sequence[int]) -> Tensor:
