@@ -208,7 +208,9 @@ def test_only_semantic_attributes_make_images_different(name: str, value: str | 
         ),
     ],
 )
-def test_rewriting_keeps_the_subject_and_its_details_and_takes_the_look(prompt: str, second: Read, expected: str) -> None:
+def test_rewriting_keeps_the_subject_and_its_details_and_takes_the_look(
+    prompt: str, second: Read, expected: str
+) -> None:
     assert rewrite(prompt, second.attributes) == expected
 
 
