@@ -4,22 +4,25 @@ On a processor about 5 ms of each prediction are Python between the operations: 
 the miniature, next to nothing for a large model. A recording (``torch.jit.trace``) is the same operations on the
 same parameters. So what it returns equals bit for bit what the model returns, and weights that are exchanged later,
 as ``adapters.merged`` does, are the ones it computes with. It is made once a shape has come often enough to pay.
+What cross-attention makes of the prompts, its keys and values, is the same at each step: a chain computes it once.
 """
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Self, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from jaxtyping import Float
 from torch import Tensor, nn
 
 OFTEN = 60
 """Predictions of one shape after which it is recorded; making a recording takes as long as it saves in so many."""
 
-Predictor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+Recording: TypeAlias = Callable[..., Tensor]
 Shape: TypeAlias = tuple[torch.Size, torch.Size, torch.Size]
 
 
@@ -28,10 +31,16 @@ class Recorder:
 
     def __init__(self, unet: UNet2DConditionModel, often: int = OFTEN) -> None:
         """Args: unet: frozen, in evaluation mode, on the CPU. often: see :data:`OFTEN`."""
-        self._model = _Positional(unet)
-        self._often = often
+        self._unet, self._often = unet, often
         self._seen: Counter[Shape] = Counter()
-        self._recordings: dict[Shape, Predictor] = {}
+        self._recordings: dict[Shape, Recording] = {}
+        self._context: Tensor | None = None
+        self._projected: list[Tensor] = []
+
+    def begun(self) -> Self:
+        """Itself, at the start of a chain: the weights may be others now, so nothing is known of the prompts."""
+        self._context = None
+        return self
 
     @torch.no_grad()
     def __call__(
@@ -39,12 +48,22 @@ class Recorder:
     ) -> Float[Tensor, "n c h w"]:
         """The prediction, without gradient."""
         shape = (x.shape, timestep.shape, context.shape)
-        if (recording := self._recordings.get(shape)) is not None:
-            return recording(x, timestep, context)
-        self._seen[shape] += 1
-        if self._seen[shape] > self._often:
-            self._recordings[shape] = _recorded(self._model, x, timestep, context)
-        return self._model(x, timestep, context)
+        if shape not in self._recordings:
+            self._seen[shape] += 1
+            if self._seen[shape] <= self._often:
+                return self._unet(x, timestep, context, return_dict=False)[0]
+        if self._context is None or not torch.equal(self._context, context):
+            self._context = context
+            self._projected = [layer(context) for layer in _projections(self._unet)]
+        if shape not in self._recordings:
+            self._recordings[shape] = _recorded(self._unet, x, timestep, context, self._projected)
+        return self._recordings[shape](x, timestep, context, *self._projected)
+
+
+def _projections(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """The layers that make keys and values of the prompts, in the model's order."""
+    crossing = [m for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention]
+    return [layer for attention in crossing for layer in (attention.to_k, attention.to_v)]
 
 
 class _Positional(nn.Module):
@@ -54,13 +73,28 @@ class _Positional(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        return self.unet(x, timestep, context, return_dict=False)[0]
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, *projected: Tensor) -> Tensor:
+        with _given(_projections(self.unet), projected):
+            return self.unet(x, timestep, context, return_dict=False)[0]
 
 
-def _recorded(model: nn.Module, *inputs: Tensor) -> Predictor:
+@contextmanager
+def _given(layers: Sequence[nn.Module], values: Sequence[Tensor]) -> Iterator[None]:
+    """Layers that return given values for a while."""
+    for layer, value in zip(layers, values, strict=True):
+        layer.forward = lambda *_, value=value: value
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _recorded(
+    unet: UNet2DConditionModel, x: Tensor, timestep: Tensor, context: Tensor, projected: Sequence[Tensor]
+) -> Recording:
     with warnings.catch_warnings():
         # shapes become constants, as they should: each shape has a recording of its own
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", FutureWarning)  # torch advises its compilers, which take minutes
-        return torch.jit.trace(model, inputs, check_trace=False)
+        return torch.jit.trace(_Positional(unet), (x, timestep, context, *projected), check_trace=False)

@@ -166,7 +166,7 @@ def sample_chain(
     x = noise * walker.init_noise_sigma
     kept = {}
     with adapters.merged(unet) as whole:
-        model = recorder if recorder is not None and whole else unet
+        model = unet if recorder is None or not whole else recorder.begun()
         for k, timestep in enumerate(walker.timesteps):
             if k in keep_steps:
                 kept[k] = (x, timestep)

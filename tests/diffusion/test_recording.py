@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tasks.diffusion import adapters
+from tasks.diffusion import recording as recording_module
 from tasks.diffusion.generator import StableDiffusion
 from tasks.diffusion.recording import Recorder
 from tests.diffusion.conftest import awaken
@@ -39,7 +40,7 @@ def test_one_recording_serves_every_adapter(
     assert torch.equal(drawn[0], plain(generator))
     recorder = generator.recorder
     assert recorder is not None
-    monkeypatch.setattr(recorder._model, "forward", None)  # from here on only the recording can predict
+    monkeypatch.setattr(recording_module, "_recorded", None)  # from here on there is one recording
     for size in (0.1, 0.3):
         awaken(generator.begin_tuning(rank=2, alpha=2, seed=0), size)
         drawn.append(generator.draw(PROMPTS, SEEDS))
