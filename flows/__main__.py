@@ -6,6 +6,7 @@
     fscil report                                                         tables, curves and the gallery
     fscil study [--runs runs] [--out reports] [--state .fscil]           what the method does, measured on sealed runs
     fscil windows [generator=... windows=... any Hydra override ...]     which denoising step settles what
+    fscil learners                                                       what each learner is, as Markdown (docs/learners.md)
     fscil up [--prefect-port 4200] [--mlflow-port 5000] [--runs 1]       Prefect server, worker, MLflow UI, deployments
     fscil down                                                           end them
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if arguments else EXIT_USAGE
     quieten()
     commands = {"replay": _replay, "report": _report, "study": _study, "windows": _windows}
-    commands |= {"up": _up, "down": _down}
+    commands |= {"learners": _learners, "up": _up, "down": _down}
     try:
         if arguments[0] in commands:
             return commands[arguments[0]](arguments[1:])
@@ -195,6 +196,14 @@ def _windows(arguments: Sequence[str]) -> int:
     from flows.windows import write_windows
 
     return _written(lambda: write_windows(load_windows(arguments), Path("reports")))
+
+
+def _learners(arguments: Sequence[str]) -> int:
+    from flows.learners_page import learners_page
+
+    argparse.ArgumentParser("fscil learners", description="Print docs/learners.md.").parse_args(arguments)
+    print(learners_page(), end="")
+    return 0
 
 
 def _up(arguments: Sequence[str]) -> int:

@@ -30,10 +30,13 @@ from tasks.store import Store, write_atomic
 from tasks.tracked import STAGES
 
 METHODS = (
-    "vlm_zero_shot", "finetune", "ncm", "ncm_tuned", "cec", "l2p", "dualprompt", "nc_fscil", "warp",
-    "privilege", "gpt4o_images", "fixed_sd", "sd_vlm", "random", "first", "vlm", "guided",
+    "vlm_zero_shot", "finetune", "ncm", "ncm_tuned", "teen", "cec", "l2p", "dualprompt", "nc_fscil", "warp",
+    "privilege", "gpt4o_images", "fixed_sd", "sd_vlm", "random", "first", "vlm", "guided", "ncm_guided",
+    "ncm_tuned_guided", "teen_guided", "cec_guided", "l2p_guided", "dualprompt_guided", "nc_fscil_guided",
+    "warp_guided", "privilege_guided",
 )  # fmt: skip
-"""The order of rows: what draws no images, what draws them without looking, and the paper's own parts."""
+"""The order of rows: what draws no images, what draws them without looking, the paper's own parts, and other
+learners with them."""
 
 OURS, WITHOUT_IMAGES = "guided", "finetune"
 
@@ -49,7 +52,20 @@ class Run(Frozen):
     folder: Path
     record: ExperimentRecord | None
     sessions: tuple[SessionRecord, ...]
+    cost: "Cost"
+
+
+class Cost(Frozen):
+    """What computing a run took; None where the state no longer knows it of every stage.
+
+    Attributes:
+        seconds: The sum over its stages, each as measured when it was first computed. So a kill, a resume or a
+            stage shared with another run changes nothing.
+        mib: The most memory that the process held in any stage, in MiB; on a GPU, that torch held there.
+    """
+
     seconds: float | None
+    mib: float | None
 
 
 class Statistic(Frozen):
@@ -72,7 +88,7 @@ class Column(Frozen):
     """One column: how it is called, what it is of a run, and whether it is printed in percent."""
 
     name: str
-    value: Callable[[ExperimentRecord, float | None], float | None]
+    value: Callable[[ExperimentRecord, Cost], float | None]
     percent: bool
 
     def text(self, statistic: Statistic | None) -> str:
@@ -99,7 +115,8 @@ COLUMNS = (
     Column(name="VLM tokens", value=lambda record, _: record.usage.tokens, percent=False),
     Column(name="unparsed", value=lambda record, _: record.unparsed, percent=False),
     Column(name="epochs", value=lambda record, _: record.epochs, percent=False),
-    Column(name="seconds", value=lambda _, seconds: seconds, percent=False),
+    Column(name="seconds", value=lambda _, cost: cost.seconds, percent=False),
+    Column(name="MiB", value=lambda _, cost: cost.mib, percent=False),
 )
 
 
@@ -156,16 +173,12 @@ def _read_run(runs: Path, folder: Path, state: Path) -> Run:
         folder=folder,
         record=_read(whole, ExperimentRecord) if whole.is_file() else None,
         sessions=tuple(_read(path, SessionRecord) for path in sorted(folder.glob("session-*/record.json"))),
-        seconds=stage_seconds(folder, Store(state)),
+        cost=cost(folder, Store(state)),
     )
 
 
-def stage_seconds(folder: Path, store: Store) -> float | None:
-    """Computing time of a run: the sum over its stages, each as measured when it was first computed.
-
-    So a kill, a resume or a stage shared with another run changes nothing. None if the state no longer
-    knows some stage's time, or nothing is sealed yet.
-    """
+def cost(folder: Path, store: Store) -> Cost:
+    """What the stages of a run folder took, as far as they are sealed."""
     sessions = [_read(path, SessionRecord) for path in folder.glob("session-*/record.json")]
     epochs = [_read(path, EpochRecord) for path in folder.glob("session-*/epoch-*/record.json")]
     sealed: list[StageRecord | None] = [
@@ -173,8 +186,12 @@ def stage_seconds(folder: Path, store: Store) -> float | None:
     ]
     sealed += [getattr(epoch, stage) for epoch in epochs for stage in STAGES]
     timings = [store.timing(record) for record in sealed if record is not None]
-    known = [timing.seconds for timing in timings if timing is not None]
-    return sum(known) if known and len(known) == len(timings) else None
+    if not timings or None in timings:
+        return Cost(seconds=None, mib=None)
+    known = [timing for timing in timings if timing is not None]
+    held = [timing.gpu_peak_mib or timing.peak_mib for timing in known]
+    most = None if None in held else max(mib for mib in held if mib is not None)
+    return Cost(seconds=sum(timing.seconds for timing in known), mib=most)
 
 
 def _read(path: Path, kind: type[Model]) -> Model:
@@ -206,10 +223,10 @@ def table(runs: Iterable[Run]) -> list[Row]:
 
 
 def _row(dataset: str, method: str, runs: list[Run]) -> Row:
-    finished = [(run.record, run.seconds) for run in runs if run.record is not None]
+    finished = [(run.record, run.cost) for run in runs if run.record is not None]
     cells = []
     for column in COLUMNS:
-        values = [column.value(record, seconds) for record, seconds in finished]
+        values = [column.value(record, took) for record, took in finished]
         cells.append(Statistic.of([value for value in values if value is not None]))
     unfinished = len(runs) - len(finished)
     return Row(dataset=dataset, method=method, seeds=len(finished), unfinished=unfinished, cells=tuple(cells))
@@ -227,7 +244,7 @@ def difference(
     values: dict[str, dict[int, float]] = {better: {}, worse: {}}
     for run in runs:
         if run.dataset == dataset and run.method in values and run.record is not None:
-            value = column.value(run.record, run.seconds)
+            value = column.value(run.record, run.cost)
             if value is not None:
                 values[run.method][run.seed] = value
     common = sorted(values[better].keys() & values[worse].keys())
@@ -275,7 +292,7 @@ NOTE = (
     "Accuracies in percent, mean ± standard deviation over seeds. A_base, A_last: after the first and last "
     "session, over all classes seen; A_avg: mean over sessions; PD = A_base - A_last; base, novel, harmonic: "
     "after the last session. Images, VLM calls, tokens (read and written), unparsed answers (no verdict, or no "
-    "class, which counts as wrong), epochs and seconds of computing are means per run."
+    "class, which counts as wrong), epochs, seconds of computing and MiB (memory held at most) are means per run."
 )
 
 
@@ -327,7 +344,7 @@ def _unparsed(runs: Iterable[Run]) -> Iterator[str]:
 
 def _terminal_table(dataset: str, rows: Sequence[Row]) -> Table:
     """A table of eighty characters with one seed; the columns that do not fit are in the files."""
-    left_out = ("dataset", "PD", "base", "unparsed", "epochs")
+    left_out = ("dataset", "PD", "base", "unparsed", "epochs", "MiB")
     kept = [place for place, name in enumerate(HEADINGS) if name not in left_out]
     shown = Table(title=escape(dataset), box=SIMPLE_HEAD, padding=0, show_edge=False)
     for place in kept:

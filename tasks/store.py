@@ -28,6 +28,7 @@ from typing import TypeVar
 from filelock import FileLock
 from pydantic import BaseModel
 
+from tasks.memory import PeakMemory
 from tasks.records import ArtifactKind, ArtifactRef, Digest, Frozen, Output, StageRecord
 
 log = logging.getLogger("fscil.store")
@@ -188,11 +189,13 @@ def _sync_tree(folder: Path) -> None:
 
 
 class Timing(Frozen):
-    """How long a stage took, when it ended and where; beside the record, never inside it."""
+    """How long a stage took, when it ended and where, and the memory it held; beside the record, never inside it."""
 
     seconds: float
     finished: str
     host: str
+    peak_mib: float | None = None
+    gpu_peak_mib: float | None = None
 
     @property
     def timestamp_ms(self) -> int:
@@ -259,7 +262,7 @@ class Store:
             work.mkdir(parents=True, exist_ok=True)
             for leftover in work.rglob(".*.tmp"):
                 leftover.unlink()
-            began = time.monotonic()
+            began, memory = time.monotonic(), PeakMemory()
             result = compute(StageFolder(work, f"{stage}/{mark}"))
             record: StageRecord[Output] = _record_type(output)(
                 stage=stage,
@@ -270,7 +273,7 @@ class Store:
                 seed=seed,
                 output=result,
             )
-            self._seal(work, record, time.monotonic() - began)
+            self._seal(work, record, time.monotonic() - began, memory)
             return record
 
     def locate(self, ref: ArtifactRef) -> Path:
@@ -326,9 +329,13 @@ class Store:
             if found != ref.digest:
                 raise StoreError(f"{ref.path} has digest {found}, its record says {ref.digest}")
 
-    def _seal(self, work: Path, record: StageRecord, seconds: float) -> None:
+    def _seal(self, work: Path, record: StageRecord, seconds: float, memory: PeakMemory) -> None:
         timing = Timing(
-            seconds=round(seconds, 3), finished=datetime.now(UTC).isoformat(), host=socket.gethostname()
+            seconds=round(seconds, 3),
+            finished=datetime.now(UTC).isoformat(),
+            host=socket.gethostname(),
+            peak_mib=memory.mib,
+            gpu_peak_mib=memory.gpu_mib,
         )
         write_json(work / "timing.json", timing)
         write_json(work / "record.json", record)

@@ -41,7 +41,7 @@ from tasks.records import (
     StageRecord,
     Verdict,
 )
-from tasks.store import Store, read_lines
+from tasks.store import Store, Timing, read_lines
 from tasks.tracked import (
     STAGES,
     accuracy_metrics,
@@ -346,9 +346,9 @@ class Tracker:
             if (sealed := getattr(record, stage)) is None:
                 continue
             timing = self.store.timing(sealed)
-            seconds = {} if timing is None else {f"seconds/{stage}": timing.seconds}
+            took = {} if timing is None else _took(stage, timing)
             ended = None if timing is None else timing.timestamp_ms
-            points += self._points(child.info.run_id, metrics.get(stage, {}) | seconds, record.epoch, ended)
+            points += self._points(child.info.run_id, metrics.get(stage, {}) | took, record.epoch, ended)
         return points
 
     def _ended(self, record: StageRecord) -> int | None:
@@ -421,6 +421,13 @@ def run_tags(settings: TrackingSettings, run_id: str) -> dict[str, str]:
         return dict(client.get_run(run_id).data.tags)
     except MlflowException as error:
         raise ValueError(f"MLflow at {settings.uri} has no run {run_id!r}: {_first_line(error)}") from error
+
+
+def _took(stage: str, timing: Timing) -> dict[str, float]:
+    """What computing a stage took, as metrics."""
+    held = {"memory_mib": timing.peak_mib, "gpu_memory_mib": timing.gpu_peak_mib}
+    known = {f"{name}/{stage}": mib for name, mib in held.items() if mib is not None}
+    return {f"seconds/{stage}": timing.seconds, **known}
 
 
 def _first_line(error: BaseException) -> str:

@@ -110,6 +110,7 @@ def fabricate_run(
     prompt: Prompt = plain_prompt,
     sealed_sessions: int | None = None,
     seconds: float = 10.0,
+    mib: float = 100.0,
 ) -> FabricatedRun:
     """Seal and export a run below ``root/state`` and ``root/runs``.
 
@@ -123,6 +124,7 @@ def fabricate_run(
         prompt: what is asked of the generator, by class name and epoch.
         sealed_sessions: stop after so many sessions, as a killed run does; None runs to the end.
         seconds: what the state says each stage took.
+        mib: what the state says each stage held at most; the last one held twice as much.
     """
     name = f"{dataset}/{method}/seed-{seed}"
     learner = {"lr": 2e-4, "layers": [1, 2]}
@@ -134,16 +136,19 @@ def fabricate_run(
         if sealed_sessions is None:
             made.experiment = _experiment(made, dataset)
             write_json(made.folder / "experiment.json", made.experiment)
-    _retime(made, seconds)
+    _retime(made, seconds, mib)
     return made
 
 
-def _retime(made: FabricatedRun, seconds: float) -> None:
+def _retime(made: FabricatedRun, seconds: float, mib: float) -> None:
     sealed = [made.initials, [session.test for session in made.sessions]]
     sealed += [[getattr(epoch, stage) for epoch in made.epochs] for stage in STAGES]
-    for record in (record for group in sealed for record in group if record is not None):
+    records = [record for group in sealed for record in group if record is not None]
+    for n, record in enumerate(records, 1):
         path = made.store.root / "stages" / record.stage / record.fingerprint / "timing.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": seconds}))
+        held = 2 * mib if n == len(records) else mib
+        took = {"seconds": seconds, "peak_mib": held, "gpu_peak_mib": None}
+        path.write_text(json.dumps(json.loads(path.read_text()) | took))
 
 
 def _sessions(made: FabricatedRun, correct: tuple[tuple[int, ...], ...], epochs: int) -> None:

@@ -161,6 +161,7 @@ def test_metrics_are_those_of_the_records(told: Told) -> None:
     assert seen.points(child, "tune/ssim_positive") == {0: 0.5}
     assert seen.points(child, "regenerate/images") == {0: 6}
     assert set(seen.points(child, "seconds/train")) == {0, 1}
+    assert set(seen.points(child, "memory_mib/train").values()) <= {100.0, 200.0}
     assert "evaluate/augmented_accuracy" not in child.data.metrics
 
 

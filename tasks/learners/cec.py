@@ -16,6 +16,8 @@ loop anneals by a cosine instead of in steps; the last weights are kept, where t
 test accuracy; an episode shows each class as many pictures as there are, if fewer than asked for; generated
 pictures count through ``generated_weight`` in prototypes and are left out of episodes. A left-out shot is
 compared by the graph whose node of its class is made of the other shots.
+
+Trains: backbone and graph in the base session, nothing later.
 """
 
 import math

@@ -16,6 +16,8 @@ them apart). The learning rate is annealed by a cosine within each epoch, gradie
 of the keys is 1 - cos. ``head: prototype`` is not in the paper (see ``tasks.learners.l2p``). There is one
 expert for each session, and a dataset with more sessions than ``pool`` is refused; the released code
 silently goes on without.
+
+Trains: the general prompts, the session's expert and key, and the rows of a linear head, in every session.
 """
 
 from typing import ClassVar, Literal, cast

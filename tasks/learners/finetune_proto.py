@@ -8,6 +8,8 @@ Nothing is kept of earlier sessions but one vector a class, and training moves t
 it: without pictures of earlier classes that is the forgetting of the paper's first row. Generated pictures
 of earlier classes (data-free replay) hold the features in place, and by their own movement
 G_c(after) - G_c(before) they tell how far the stored prototype has moved (``old_prototypes: drift``).
+
+Trains: backbone and head, in every session.
 """
 
 from typing import ClassVar, Literal

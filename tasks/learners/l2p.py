@@ -15,6 +15,8 @@ they do, and then results depend on the batch. The learning rate is annealed by 
 gradients are not clipped, and the term of the keys is 1 - cos, of the same gradient. ``head: prototype`` is
 not in the paper; in few-shot sessions its linear head with ``mask: session`` learns almost no new class
 (``l2p_as_published``). The recommended settings read the class token and start prompts small: chosen on digits_dev.
+
+Trains: the pool's prompts and keys, and the rows of a linear head, in every session.
 """
 
 from typing import ClassVar, Literal

@@ -26,6 +26,8 @@ the settings for CUB-200.
 Left-out shots: the head has no prototype to remove a shot from, so the neck is trained again without it: once
 for each place j, without the j-th original of every class, from where the session began. In the base session,
 which has held-out pictures, nothing is left out.
+
+Trains: backbone and neck in the base session, the neck later.
 """
 
 import copy

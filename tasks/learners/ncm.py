@@ -7,6 +7,8 @@ the cosine.
 
 Not in the paper's tables, and the first thing that any of their rows should beat. Generated pictures count
 through ``generated_weight``; those of earlier classes change nothing: their prototypes are never out of date.
+
+Trains: nothing.
 """
 
 from typing import ClassVar, Literal

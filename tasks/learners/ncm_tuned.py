@@ -9,6 +9,8 @@ features.
 Deviations from that paper: Adam with a cosine schedule on a pre-trained ViT (``as_published``: their SGD, its
 steps down replaced by the cosine); the head restarts at the class means in each epoch of the loop; generated
 pictures.
+
+Trains: the backbone in the base session, nothing later.
 """
 
 from typing import ClassVar, Literal

@@ -21,6 +21,8 @@ session's epochs each start where it began (``tasks.learners.retrained``, which 
 out). The released code's class names are out of step with the labels on CUB-200 and miniImageNet:
 ``class_names: as_released`` has CUB-200's order and cut, which is part of the published number; the default
 has each label's own name.
+
+Trains: the first blocks, all prompts and the rows in the base session, the two tokens and the rows later.
 """
 
 from collections.abc import Sequence

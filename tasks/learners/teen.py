@@ -13,6 +13,8 @@ Deviations: prototypes are means of normalised features, and the softmax's sharp
 the head's temperature; the base session is trained as in :mod:`tasks.learners.ncm_tuned`; generated pictures
 count through ``generated_weight``; a left-out shot is compared with the calibrated prototype of the other
 shots.
+
+Trains: the backbone in the base session, nothing later.
 """
 
 from typing import ClassVar, Literal

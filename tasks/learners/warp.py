@@ -18,6 +18,8 @@ blocks, biases and norms frozen. The base session trains a cosine head that star
 are made anew with the trained network; the rate is annealed by a cosine. Weight decay reaches free
 coefficients only. Each epoch of the loop trains under the mask with which its session began.
 ``as_published``: its SGD, for ResNets.
+
+Trains: the backbone in the base session, the free coefficients of the rotated layers later.
 """
 
 from typing import Any, ClassVar, Literal, cast

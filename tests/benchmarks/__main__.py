@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks [PART ...] [--clock wall|cpu] [--rounds N] [--device cpu|cuda] [--out FILE]
 
-Prints one table and writes it as Markdown, with the machine and the versions that it was measured with. PART is
+Prints one table and writes it as Markdown, after each part, with the machine and the versions that it was measured with. PART is
 similarity, mining, drawing, tuning or orchestration; all of them by default, about ten minutes on two free cores.
 On a GPU similarity and full_size are measured. The exit status is 1 where a promise does not hold.
 """
@@ -50,9 +50,9 @@ def main(arguments: list[str]) -> int:
         started = time.perf_counter()
         rows += import_module(f"tests.benchmarks.{part}").rows(plan)
         print(f"{part}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.out.write_text(_markdown(rows, _conditions(plan)), encoding="utf-8")
     _show(rows, _conditions(plan))
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(_markdown(rows, _conditions(plan)), encoding="utf-8")
     return int(any(row.holds is False for row in rows))
 
 

@@ -12,16 +12,17 @@ model; Linux resets its mark through ``/proc/self/clear_refs``. Elsewhere no mem
 import ctypes
 import gc
 import multiprocessing
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
+from tasks.memory import PeakMemory, resident_mib
+
 Call = Callable[[], object]
+Key = TypeVar("Key")
 Clock = Literal["wall", "cpu"]
 CLOCKS: dict[Clock, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -42,7 +43,7 @@ class Plan:
             torch.cuda.synchronize(self.device)
         return CLOCKS[self.clock]() - start
 
-    def race(self, contenders: Mapping[str, Call]) -> dict[str, float]:
+    def race(self, contenders: Mapping[Key, Call]) -> dict[Key, float]:
         """The best seconds of each contender; every one is called once more beforehand, unmeasured."""
         for call in contenders.values():
             call()
@@ -85,20 +86,11 @@ def peak_mib(make: Callable[..., Call], *args: object) -> float:
 
 def _peak(threads: int, make: Callable[..., Call], args: tuple[object, ...]) -> float:
     torch.set_num_threads(threads)
-    marks = Path("/proc/self/clear_refs")
-    if not marks.exists():
-        return float("nan")
     call = make(*args)
     call()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed blocks that the allocator keeps would hide the growth
-    marks.write_text("5")
-    before = _resident("VmRSS")
+    memory, before = PeakMemory(), resident_mib("VmRSS")
     call()
-    return _resident("VmHWM") - before
-
-
-def _resident(key: str) -> float:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, f"/proc/self/status has no {key}"
-    return int(found[1]) / 1024
+    most = memory.mib
+    return float("nan") if most is None or before is None else most - before

@@ -57,9 +57,7 @@ def rows(plan: Plan) -> Iterator[Row]:
         yield Row("- Prefect's server, once a command", f"{started:.1f} s to start")
 
 
-def _share(
-    plan: Plan, folder: Path, what: str, overrides: tuple[str, ...]
-) -> tuple[float, int, float, float]:
+def _share(plan: Plan, place: Path, overrides: tuple[str, ...]) -> tuple[float, int, float, float]:
     """Seconds that Prefect adds, stages, seconds of computing, and per cent."""
     given = [
         *overrides, f"dataset.root={ROOT / 'data' / 'digits'}", f"runtime.state={place / 'state'}",

@@ -44,7 +44,7 @@ TWO_SEEDS = (((9, 8), (8, 7, 5)), ((10, 10), (9, 9, 9)))
 def two_methods(root: Path) -> Path:
     """Guided with two seeds: A_last 20/30 and 27/30, novel 0.5 and 0.9. Finetune with the first: 12/30, 0."""
     for seed, correct in enumerate(TWO_SEEDS):
-        fabricate_run(root, seed=seed, correct=correct, seconds=2.0 + seed)
+        fabricate_run(root, seed=seed, correct=correct, seconds=2.0 + seed, mib=300.0 + 100 * seed)
         bare = fabricate_run(root, method="finetune", seed=seed, correct=((9, 8), (6 + seed, 6, 0)))
         lost = bare.epochs[0].train
         (bare.store.root / "stages" / lost.stage / lost.fingerprint / "timing.json").unlink()
@@ -67,10 +67,19 @@ def test_rows_are_means_and_deviations_by_hand(tmp_path: Path) -> None:
     assert shown["base"] == "82.5 ± 10.6"  # 75 and 90
     assert shown["novel"] == "70.0 ± 28.3"  # 50 and 90
     assert shown["harmonic"] == "75.0 ± 21.2"  # 60 and 90
-    budget = [shown[name] for name in ("images", "VLM calls", "VLM tokens", "unparsed", "epochs", "seconds")]
-    assert budget == ["20", "14", "168", "2", "4", "50"]  # 20 stages of 2 and of 3 seconds
+    names = ("images", "VLM calls", "VLM tokens", "unparsed", "epochs", "seconds", "MiB")
+    budget = [
+        "20",
+        "14",
+        "168",
+        "2",
+        "4",
+        "50",
+        "700",
+    ]  # 20 stages of 2 and of 3 seconds, 600 and 800 MiB at most
+    assert [shown[name] for name in names] == budget
     assert cells(finetune)["images"] == "0"
-    assert cells(finetune)["seconds"] == "–"
+    assert cells(finetune)["seconds"] == cells(finetune)["MiB"] == "–"
     assert cells(finetune)["harmonic"] == "0.0 ± 0.0"
 
 
