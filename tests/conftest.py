@@ -58,6 +58,16 @@ class Place:
         """The results folder of seed 0."""
         return self.root / "runs" / "digits" / method / "seed-0"
 
+    def files(self, method: str) -> dict[str, str]:
+        """Digest of every file of seed 0's results, config.json aside, which names where things are."""
+        from tasks.store import digest_of
+
+        return {
+            path.relative_to(self.run(method)).as_posix(): digest_of(path)
+            for path in sorted(self.run(method).rglob("*"))
+            if path.is_file() and path.name != "config.json"
+        }
+
 
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:

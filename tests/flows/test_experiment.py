@@ -17,15 +17,6 @@ from tasks.store import digest_of, read_lines
 from tests.conftest import ROOT, Place
 
 
-def files_of(folder: Path) -> dict[str, str]:
-    """Digest of every file below a folder, config.json aside, which names where things are."""
-    return {
-        path.relative_to(folder).as_posix(): digest_of(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "config.json"
-    }
-
-
 def epochs_of(run: Path) -> list[tuple[Path, EpochRecord]]:
     folders = sorted(run.glob("session-*/epoch-*"))
     return [(f, EpochRecord.model_validate_json((f / "record.json").read_text())) for f in folders]
@@ -88,10 +79,10 @@ def test_running_again_computes_nothing_and_changes_nothing(finished: Place) -> 
 
     stages = finished.root / "state" / "stages"
     before = {p: p.stat().st_mtime_ns for p in stages.rglob("record.json")}
-    results = files_of(finished.run("guided"))
+    results = finished.files("guided")
     fscil("digits", "guided", 0, finished.overrides(tracking=True))
     assert {p: p.stat().st_mtime_ns for p in stages.rglob("record.json")} == before
-    assert files_of(finished.run("guided")) == results
+    assert finished.files("guided") == results
 
 
 def test_mlflow_has_parent_children_and_each_point_once(finished: Place) -> None:
@@ -132,7 +123,7 @@ def test_a_poisoned_test_split_changes_no_weight_no_prompt_and_no_image(
         tested = ("test", "record.json", "experiment.json")
         return {
             name: digest
-            for name, digest in files_of(place.run("guided")).items()
+            for name, digest in place.files("guided").items()
             if not (name.split("/")[-1] in tested[1:] and "epoch" not in name) and "/test/" not in name
         }
 
@@ -187,7 +178,7 @@ def kill_and_compare(place: Place, finished: Place, patterns: tuple[str, ...]) -
     sealed = {p: p.stat().st_mtime_ns for p in (place.root / "state" / "stages").rglob("record.json")}
     assert not (place.run("guided") / "experiment.json").exists()
     fscil("digits", "guided", 0, place.overrides())
-    assert files_of(place.run("guided")) == files_of(finished.run("guided"))
+    assert place.files("guided") == finished.files("guided")
     assert {p: p.stat().st_mtime_ns for p in sealed} == sealed, "something sealed was computed again"
     leftovers = [
         p for p in place.root.rglob("*") if p.suffix in {".partial", ".tmp"} and "prefect" not in p.parts
