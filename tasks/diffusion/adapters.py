@@ -110,10 +110,11 @@ def merged(unet: UNet2DConditionModel) -> Iterator[bool]:
     Yields:
         Whether the weights are now all there is: no adapter works beside them.
     """
-    if not is_attached(unet) or unet.dtype != torch.float32:
-        yield not is_attached(unet)
+    layers = list(_layers(unet))
+    if not layers or layers[0].get_base_layer().weight.dtype != torch.float32:
+        yield not layers
         return
-    weights = [(layer.get_base_layer().weight, layer.get_delta_weight(NAME)) for layer in _layers(unet)]
+    weights = [(layer.get_base_layer().weight, layer.get_delta_weight(NAME)) for layer in layers]
     originals = [weight.data for weight, _ in weights]
     with disabled(unet):
         for weight, delta in weights:

@@ -201,10 +201,9 @@ class StableDiffusion:
     def initial_noise(self, seeds: Sequence[int]) -> Float[Tensor, "n c h w"]:
         """Standard normal latents, each from a CPU generator of its own."""
         side = self.settings.size // self.reduction
-        shape = (self.unet.config.in_channels, side, side)
+        shape, dtype = (self.unet.config.in_channels, side, side), self.unet.conv_in.weight.dtype
         noise = [
-            torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=self.unet.dtype)
-            for seed in seeds
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) for seed in seeds
         ]
         return torch.stack(noise).to(self.device)
 

@@ -5,6 +5,7 @@ the miniature, next to nothing for a large model. A recording (``torch.jit.trace
 same parameters. So what it returns equals bit for bit what the model returns, and weights that are exchanged later,
 as ``adapters.merged`` does, are the ones it computes with. It is made once a shape has come often enough to pay.
 What cross-attention makes of the prompts, its keys and values, is the same at each step: a chain computes it once.
+What the blocks make of the timestep is the same in each chain, whatever the adapter: it is kept for good.
 """
 
 import warnings
@@ -16,6 +17,7 @@ from typing import Self, TypeAlias
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -34,8 +36,9 @@ class Recorder:
         self._unet, self._often = unet, often
         self._seen: Counter[Shape] = Counter()
         self._recordings: dict[Shape, Recording] = {}
+        self._of_time: dict[tuple[Shape, float], list[Tensor]] = {}
         self._context: Tensor | None = None
-        self._projected: list[Tensor] = []
+        self._of_prompts: list[Tensor] = []
 
     def begun(self) -> Self:
         """Itself, at the start of a chain: the weights may be others now, so nothing is known of the prompts."""
@@ -48,22 +51,51 @@ class Recorder:
     ) -> Float[Tensor, "n c h w"]:
         """The prediction, without gradient."""
         shape = (x.shape, timestep.shape, context.shape)
-        if shape not in self._recordings:
-            self._seen[shape] += 1
-            if self._seen[shape] <= self._often:
-                return self._unet(x, timestep, context, return_dict=False)[0]
+        moment = (shape, timestep.item())
+        self._seen[shape] += 1
+        if moment not in self._of_time or self._seen[shape] <= self._often:
+            return self._plain(moment, x, timestep, context)
         if self._context is None or not torch.equal(self._context, context):
             self._context = context
-            self._projected = [layer(context) for layer in _projections(self._unet)]
+            self._of_prompts = [layer(context) for layer in _prompt_layers(self._unet)]
+        given = (*self._of_prompts, *self._of_time[moment])
         if shape not in self._recordings:
-            self._recordings[shape] = _recorded(self._unet, x, timestep, context, self._projected)
-        return self._recordings[shape](x, timestep, context, *self._projected)
+            self._recordings[shape] = _recorded(self._unet, x, timestep, context, given)
+        return self._recordings[shape](x, timestep, context, *given)
+
+    def _plain(self, moment: tuple[Shape, float], x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """The model's own prediction, in which what it makes of the timestep is noted."""
+        with _noted(_time_layers(self._unet)) as values:
+            prediction = self._unet(x, timestep, context, return_dict=False)[0]
+        self._of_time[moment] = values()
+        return prediction
 
 
-def _projections(unet: UNet2DConditionModel) -> list[nn.Module]:
+def _prompt_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
     """The layers that make keys and values of the prompts, in the model's order."""
     crossing = [m for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention]
     return [layer for attention in crossing for layer in (attention.to_k, attention.to_v)]
+
+
+def _time_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """The layers that embed the timestep and put it into each block, in the model's order; no adapter is on them."""
+    blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
+    return [unet.time_embedding, *(block.time_emb_proj for block in blocks)]
+
+
+@contextmanager
+def _noted(layers: Sequence[nn.Module]) -> Iterator[Callable[[], list[Tensor]]]:
+    """What layers return for a while; call what is yielded to have it."""
+    noted: dict[int, Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _module, _inputs, output, n=n: noted.update({n: output}))
+        for n, layer in enumerate(layers)
+    ]
+    try:
+        yield lambda: [noted[n] for n in range(len(layers))]
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Positional(nn.Module):
@@ -73,8 +105,8 @@ class _Positional(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, *projected: Tensor) -> Tensor:
-        with _given(_projections(self.unet), projected):
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, *given: Tensor) -> Tensor:
+        with _given([*_prompt_layers(self.unet), *_time_layers(self.unet)], given):
             return self.unet(x, timestep, context, return_dict=False)[0]
 
 
@@ -91,10 +123,10 @@ def _given(layers: Sequence[nn.Module], values: Sequence[Tensor]) -> Iterator[No
 
 
 def _recorded(
-    unet: UNet2DConditionModel, x: Tensor, timestep: Tensor, context: Tensor, projected: Sequence[Tensor]
+    unet: UNet2DConditionModel, x: Tensor, timestep: Tensor, context: Tensor, given: Sequence[Tensor]
 ) -> Recording:
     with warnings.catch_warnings():
         # shapes become constants, as they should: each shape has a recording of its own
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", FutureWarning)  # torch advises its compilers, which take minutes
-        return torch.jit.trace(_Positional(unet), (x, timestep, context, *projected), check_trace=False)
+        return torch.jit.trace(_Positional(unet), (x, timestep, context, *given), check_trace=False)

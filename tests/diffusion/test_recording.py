@@ -18,8 +18,10 @@ PROMPTS, SEEDS = ["A picture of a seven", "IV", "two dots"], [1, 2, 3]
 
 
 def recording(generator: StableDiffusion) -> StableDiffusion:
-    """The generator, recording each shape at once."""
+    """The generator, recording each shape as soon as it has seen every timestep."""
     generator.recorder = Recorder(generator.unet, often=0)
+    generator.draw(PROMPTS, SEEDS)
+    assert not generator.recorder._recordings, "the first chain is the model's own"
     return generator
 
 

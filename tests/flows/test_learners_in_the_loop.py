@@ -21,7 +21,7 @@ TINY = (
     "tuning.updates=2",
 )
 SHORT = {"passes": ("base", "incremental"), "episodes": ("meta",), "steps": ("incremental",)}
-STAGES_BEFORE = 9  # of 14: within the second session
+STAGES_BEFORE = 13  # of 20: within the second session
 
 
 class Interrupted(RuntimeError):
