@@ -16,7 +16,7 @@ from tasks.context import EpochContext
 from tasks.diffusion.generator import GeneratorSettings
 from tasks.diffusion.losses import similarities
 from tasks.diffusion.tuning import TuningExample
-from tasks.images import load_images
+from tasks.images import as_unit, load_images
 from tasks.loading import (
     MINIATURE_CAPTIONER,
     augmented_images,
@@ -124,7 +124,7 @@ def set_measure(context: EpochContext) -> SetMeasure:
 
     def compute(_: StageFolder) -> SetMeasure:
         rows = [row for row in augmented_images(context) if row.source_id is not None]
-        images, labels = augmented_tensors(context, rows, SIZE), [row.label for row in rows]
+        images, labels = as_unit(augmented_tensors(context, rows, SIZE)), [row.label for row in rows]
         looks = real_measure(context).looks
         seen = _grouped_features(labels, images)
         return SetMeasure(

@@ -1,7 +1,7 @@
 """Pictures decoded once: resized 8-bit copies by content, in memory, up to a bound.
 
 An epoch reads the same pictures in several stages, and the originals in every epoch; decoding a photograph takes
-longer than a GPU takes to learn from it. A copy is the very pixels that :func:`tasks.images.load_image` gives.
+longer than a GPU takes to learn from it. A copy is the very pixels that :func:`tasks.images.load_pixels` gives.
 """
 
 import os
@@ -32,7 +32,7 @@ class ImageCache:
         self._bytes = 0
 
     def load(self, paths: Sequence[Path], digests: Sequence[Digest], size: int) -> Tensor:
-        """Pictures of one side length: float32 [n, 3, size, size] in [0, 1]; n may be 0.
+        """Pictures of one side length: uint8 [n, 3, size, size]; n may be 0.
 
         Args:
             paths: n picture files.
@@ -42,7 +42,7 @@ class ImageCache:
         Raises:
             UnreadableImageError: names the path and what is wrong with it.
         """
-        images = torch.empty(len(paths), 3, size, size)
+        images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
         missing, used = [], set()
         for i, digest in enumerate(digests):
             if (pixels := self._kept.get((digest, size))) is None:
@@ -54,7 +54,7 @@ class ImageCache:
         for i, pixels in zip(missing, _decoded([paths[i] for i in missing], size), strict=True):
             images[i] = pixels
             self._keep((digests[i], size), pixels, used)
-        return images.div_(255)
+        return images
 
     def _keep(self, key: tuple[Digest, int], pixels: Tensor, used: set[tuple[Digest, int]]) -> None:
         """Make room by forgetting what was used longest ago, but nothing that this call has used."""

@@ -248,6 +248,11 @@ def grid(images: Tensor, columns: int, pad: int) -> Tensor:
     return sheet
 
 
+def as_unit(images: Tensor) -> Tensor:
+    """8-bit pixels of any shape as float32 in [0, 1]; floating-point ones are in [0, 1] already and stay."""
+    return images if images.is_floating_point() else images.float().div_(255)
+
+
 def to_greyscale(images: Tensor) -> Tensor:
     """Luma of ITU-R BT.601: [..., 3, h, w] in [0, 1] to [..., 1, h, w] in [0, 1].
 

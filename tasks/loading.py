@@ -49,7 +49,7 @@ def original_paths(context: EpochContext, images: Sequence[ImageRef]) -> list[Pa
 
 
 def originals(context: EpochContext, images: Sequence[ImageRef]) -> Tensor:
-    """Original images as one tensor [n, 3, size, size] in [0, 1]."""
+    """Original images as one tensor of pixels, uint8 [n, 3, size, size]."""
     return _images(context, images, [], context.dataset.size)
 
 
@@ -70,7 +70,7 @@ def augmented_paths(context: EpochContext, images: Sequence[AugmentedImage]) -> 
 def augmented_tensors(
     context: EpochContext, images: Sequence[AugmentedImage], size: int | None = None
 ) -> Tensor:
-    """Generated images as one tensor [n, 3, size, size] in [0, 1]."""
+    """Generated images as one tensor of pixels, uint8 [n, 3, size, size]."""
     return _images(context, [], images, size or context.dataset.size)
 
 

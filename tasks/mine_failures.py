@@ -11,6 +11,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.context import EpochContext
+from tasks.images import as_unit
 from tasks.loading import augmented_images, augmented_tensors, originals, session_of
 from tasks.records import ArtifactRef, AugmentedImage, ImageRef, Mining, Prediction, StageRecord
 from tasks.similarity.mining import Mined, mine_class
@@ -38,11 +39,11 @@ def mine_failures(
         mined = [
             mine_class(
                 wrong[label],
-                originals(context, wrong[label]),
+                as_unit(originals(context, wrong[label])),
                 generated[label, True],
-                augmented_tensors(context, generated[label, True]),
+                as_unit(augmented_tensors(context, generated[label, True])),
                 generated[label, False],
-                augmented_tensors(context, generated[label, False]),
+                as_unit(augmented_tensors(context, generated[label, False])),
                 mining,
             )
             for label in sorted(wrong)

@@ -17,7 +17,7 @@ from tasks.diffusion import adapters
 from tasks.diffusion.generator import GeneratorSettings
 from tasks.diffusion.tuning import TuningExample, TuningSettings, tune
 from tasks.diffusion.windows import StepsRule
-from tasks.images import load_images
+from tasks.images import as_unit, load_images
 from tasks.loading import (
     augmented_images,
     augmented_tensors,
@@ -134,6 +134,6 @@ def _example(
         prompt=verdict.prompt_next if verdict else images[centre].prompt,
         level=verdict.level if verdict else "semantic",
         positive=load_images(original_paths(context, [triplet.positive]), size)[0],
-        negatives=augmented_tensors(context, negatives, size),
+        negatives=as_unit(augmented_tensors(context, negatives, size)),
         seed=seed_for(seed, centre, triplet.positive.id),
     )

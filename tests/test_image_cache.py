@@ -7,7 +7,7 @@ import torch
 
 from tasks import image_cache
 from tasks.image_cache import ImageCache
-from tasks.images import UnreadableImageError, load_images, load_pixels, save_png
+from tasks.images import UnreadableImageError, as_unit, load_images, load_pixels, save_png
 from tasks.records import Digest
 from tasks.store import digest_of
 
@@ -43,10 +43,12 @@ def load(cache: ImageCache, paths: list[Path], size: int = SIZE) -> torch.Tensor
 def test_it_gives_what_decoding_gives_and_decodes_once(paths: list[Path], decoded: list[str]) -> None:
     cache = ImageCache(100 * BYTES)
     for _ in range(3):
-        assert torch.equal(load(cache, paths), load_images(paths, SIZE))
+        assert torch.equal(as_unit(load(cache, paths)), load_images(paths, SIZE))
     assert sorted(decoded) == list("012345")
-    assert torch.equal(load(cache, paths[::-1]), load_images(paths[::-1], SIZE))
-    assert torch.equal(load(cache, paths, 5), load_images(paths, 5)), "another size is another picture"
+    assert torch.equal(as_unit(load(cache, paths[::-1])), load_images(paths[::-1], SIZE))
+    assert torch.equal(as_unit(load(cache, paths, 5)), load_images(paths, 5)), (
+        "another size is another picture"
+    )
     assert load(cache, []).shape == (0, 3, SIZE, SIZE)
 
 
@@ -78,13 +80,13 @@ def test_more_than_fits_asked_for_again_and_again_keeps_what_fits(
     cache = ImageCache(4 * BYTES)
     for _ in range(3):
         decoded.clear()
-        assert torch.equal(load(cache, paths), load_images(paths, SIZE))
+        assert torch.equal(as_unit(load(cache, paths)), load_images(paths, SIZE))
     assert decoded == ["4", "5"]
-    assert torch.equal(load(ImageCache(0), paths), load_images(paths, SIZE))
+    assert torch.equal(as_unit(load(ImageCache(0), paths)), load_images(paths, SIZE))
 
 
 def test_large_pictures_are_decoded_by_threads_in_order(paths: list[Path], tmp_path: Path) -> None:
-    assert torch.equal(load(ImageCache(0), paths, 70), load_images(paths, 70))
+    assert torch.equal(as_unit(load(ImageCache(0), paths, 70)), load_images(paths, 70))
     (tmp_path / "bad.png").write_bytes(b"bad")
     with pytest.raises(UnreadableImageError, match=r"bad\.png"):
         ImageCache(0).load([*paths, tmp_path / "bad.png"], [Digest(str(i)) for i in range(7)], 70)

@@ -29,6 +29,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tasks.hub import hub_file
+from tasks.images import as_unit
 from tasks.records import Digest, Frozen
 from tasks.settings import added_later
 from tasks.store import digest_of
@@ -95,13 +96,14 @@ class Backbone(nn.Module):
         return cast(int, getattr(self.network, "head_hidden_size", self.network.num_features))
 
     def forward(self, images: Tensor) -> Tensor:
-        """[n, 3, h, w] in [0, 1] to [n, width], not normalised."""
+        """[n, 3, h, w], 8-bit or in [0, 1], to [n, width], not normalised."""
         prepared = self.prepare(images)
         with self.computing(images.device):
             return cast(Tensor, self.network(prepared)).float()
 
     def prepare(self, images: Tensor) -> Tensor:
-        """[n, 3, h, w] in [0, 1] to what the network takes: [n, 3, size, size], normalised."""
+        """[n, 3, h, w], 8-bit or in [0, 1], to what the network takes: [n, 3, size, size], normalised."""
+        images = as_unit(images)
         if images.shape[-2:] != (self.size, self.size):
             images = nn.functional.interpolate(
                 images, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False

@@ -41,7 +41,7 @@ def _is_plain(block: object) -> bool:
 
 
 def embed(backbone: Backbone, images: Tensor) -> Tensor:
-    """Tokens [n, t, d] that enter the first block, of pictures [n, 3, h, w] in [0, 1]; the class token first."""
+    """Tokens [n, t, d], the class token first, that enter the first block, of pictures [n, 3, h, w], 8-bit or in [0, 1]."""
     vit = cast(Any, backbone.network)
     patches = vit.patch_embed(backbone.prepare(images))
     return cast(Tensor, vit.norm_pre(vit.patch_drop(vit._pos_embed(patches))))

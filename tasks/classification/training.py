@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, normalize
 
-from tasks.images import to_greyscale
+from tasks.images import as_unit, to_greyscale
 from tasks.records import Frozen
 from tasks.seeding import torch_generator
 
@@ -117,7 +117,7 @@ def fit(
     Args:
         backbone: [n, 3, s, s] in [0, 1] to [n, d].
         head: [n, d] to [n, k].
-        images: [n, 3, s, s] in [0, 1], on the CPU.
+        images: [n, 3, s, s], 8-bit or in [0, 1], on the CPU.
         labels: int64 [n] in [0, k).
         weights: [n], of each picture in the loss; positive.
         settings: See there.
@@ -145,7 +145,7 @@ def fit(
         for chosen in _batches(len(images), settings.batch, generator):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * cosine_rate(done / steps)
-            batch = images[chosen].to(device, non_blocking=True)
+            batch = as_unit(images[chosen].to(device, non_blocking=True))
             batch = vary(recolour(batch, settings, generator), settings, generator)
             each = loss(head(backbone(batch)), labels[chosen].to(device))
             summed = (each * weights[chosen].to(device)).sum()

@@ -138,6 +138,27 @@ def test_one_seed_gives_one_checkpoint(kind: str, vit: Path, tmp_path: Path) -> 
     assert sorted(contents(folder / "2")) == ["learner.json", "weights.safetensors"]
 
 
+def test_pixels_of_eight_bits_are_the_same_pictures(kind: str, vit: Path, tmp_path: Path) -> None:
+    learners = {}
+    for name in ("eight_bits", "floats"):
+        learners[name] = fresh(kind, vit)
+        for session in (0, 1):
+            given = data(session)
+            pixels = (given.images * 255).round().to(torch.uint8)
+            images = pixels if name == "eight_bits" else pixels.float() / 255
+            learners[name].begin_session(*SESSIONS[session])
+            learners[name].learn(TrainingData(images, given.labels, given.is_generated), seed=0)
+        learners[name].save(tmp_path / name)
+    assert contents(tmp_path / "eight_bits") == contents(tmp_path / "floats")
+    pixels = (queries() * 255).round().to(torch.uint8)
+    logits = [
+        learner.predict(form, SESSIONS[1][1])
+        for learner in learners.values()
+        for form in (pixels, pixels / 255)
+    ]
+    assert all(torch.equal(logits[0], other) for other in logits)
+
+
 @pytest.mark.parametrize("session", [0, 1])
 def test_any_session_can_be_resumed_from(kind: str, session: int, vit: Path, tmp_path: Path) -> None:
     whole, folder = finished(kind, vit)

@@ -210,13 +210,13 @@ def test_every_class_weighs_the_same():
             torch.zeros(2, 1, 8, 8),
             torch.zeros(2).long(),
             torch.zeros(2).bool(),
-            r"images must be float \[n, 3",
+            r"images must be uint8 or float \[n, 3",
         ),
         (
-            torch.zeros(2, 3, 8, 8).byte(),
+            torch.zeros(2, 3, 8, 8).short(),
             torch.zeros(2).long(),
             torch.zeros(2).bool(),
-            "images must be float",
+            "images must be uint8 or float",
         ),
         (
             torch.zeros(2, 3, 8, 8),
