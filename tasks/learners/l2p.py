@@ -14,7 +14,8 @@ whole batch choose, at test too, where class-sorted batches give the class away;
 they do, and then results depend on the batch. The learning rate is annealed by a cosine within each epoch,
 gradients are not clipped, and the term of the keys is 1 - cos, of the same gradient. ``head: prototype`` is
 not in the paper; in few-shot sessions its linear head with ``mask: session`` learns almost no new class
-(``l2p_as_published``). The recommended settings read the class token and start prompts small: chosen on digits_dev.
+(``l2p_as_published``). The recommended settings read the class token and start
+prompts small and few, fewer than a small network has patches: chosen on digits_dev.
 
 Trains: the pool's prompts and keys, and the rows of a linear head, in every session.
 """
