@@ -1,15 +1,25 @@
 """PriViLege's prompts, modulation, divergence and distillation, against cases worked by hand; names and labels."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 from flows.config import load_config
 from tasks.classification.backbone import BackboneSettings, load_backbone
 from tasks.classification.tokens import embed, plain_vit
 from tasks.learners.factory import make_learner
-from tasks.learners.language import LanguageError, LanguageSettings, aligned_names, fitted, word_vectors
+from tasks.learners.language import (
+    LanguageError,
+    LanguageSettings,
+    aligned_names,
+    fitted,
+    language_digest,
+    word_vectors,
+)
 from tasks.learners.privilege import (
     BasePrompt,
     Privilege,
@@ -142,6 +152,33 @@ def test_vectors_of_another_width_keep_lengths_where_they_can() -> None:
     assert torch.equal(fitted(vectors, 6), vectors)
     torch.testing.assert_close(fitted(vectors, 9).norm(dim=1), vectors.norm(dim=1))
     assert fitted(vectors, 3).shape == (4, 3)
+
+
+def test_an_encoder_that_a_package_carries_is_found_without_running_it(
+    language: LanguageSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert language.tokenizer
+    package = tmp_path / "words_of_ours"
+    shutil.copytree(language.model, package / "model")
+    shutil.copytree(language.tokenizer, package / "tokens")
+    (package / "__init__.py").write_text("raise RuntimeError('nobody asked for this code')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "package:words_of_ours/"
+    packaged = language.model_copy(update={"model": f"{name}model", "tokenizer": f"{name}tokens"})
+    assert torch.equal(word_vectors(packaged, NAMES), word_vectors(language, NAMES))
+    assert language_digest(packaged) == language_digest(language)
+    missing = language.model_copy(update={"model": "package:words_of_nobody/model"})
+    with pytest.raises(LanguageError, match="no package 'words_of_nobody' is installed"):
+        language_digest(missing)
+
+
+def test_mean_pooling_is_the_mean_of_the_last_states(language: LanguageSettings) -> None:
+    assert language.tokenizer
+    mean = word_vectors(language.model_copy(update={"pooling": "mean"}), NAMES[:1])[0]
+    tokens = AutoTokenizer.from_pretrained(language.tokenizer)("a picture of a three", return_tensors="pt")
+    states = AutoModel.from_pretrained(language.model)(**tokens).last_hidden_state[0]
+    torch.testing.assert_close(mean, states.mean(0).detach())
+    assert not torch.equal(mean, word_vectors(language, NAMES[:1])[0])
 
 
 def test_what_cannot_be_read_is_refused(vit: BackboneSettings, language: LanguageSettings) -> None:
