@@ -43,6 +43,9 @@ class RuntimeSettings(Frozen):
         return torch.device(self.device)
 
     def apply(self) -> None:
-        """Set the number of intra-op threads, if one is given."""
-        if self.threads is not None and torch.get_num_threads() != self.threads:
-            torch.set_num_threads(self.threads)
+        """Set the number of intra-op threads; without one given, to what it is.
+
+        Setting it tells MKL to keep to it. Otherwise MKL takes fewer where the machine is busy, and sums in another
+        order: the same run would then differ in the last bits.
+        """
+        torch.set_num_threads(self.threads or torch.get_num_threads())
