@@ -43,9 +43,13 @@ class RuntimeSettings(Frozen):
         return torch.device(self.device)
 
     def apply(self) -> None:
-        """Set the number of intra-op threads; without one given, to what it is.
+        """Set the number of intra-op threads, and on the CPU only algorithms whose sums have one order.
 
-        Setting it tells MKL to keep to it. Otherwise MKL takes fewer where the machine is busy, and sums in another
-        order: the same run would then differ in the last bits.
+        Among the others is the gradient of indexing: its threads add to one row in the order in which they come, so
+        that the last bits depend on how busy the machine is. Without ``threads`` the number stays what it is, but is
+        set, which tells MKL to keep to it too.
         """
         torch.set_num_threads(self.threads or torch.get_num_threads())
+        if self.torch_device.type == "cpu":
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

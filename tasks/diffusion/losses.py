@@ -60,7 +60,10 @@ def similarities(
     counts = torch.tensor([len(batch) for batch in negatives], device=x.device)
     owner = torch.repeat_interleave(torch.arange(len(x), device=x.device), counts)
     with_positive = ssim(x, positive)
-    with_negative = ssim(x[owner], torch.cat(list(negatives))) if len(owner) else x.new_zeros(0)
+    # index_select, not x[owner]: the gradient of indexing adds up in whatever order the threads come
+    with_negative = (
+        ssim(x.index_select(0, owner), torch.cat(list(negatives))) if len(owner) else x.new_zeros(0)
+    )
     return Similarities(with_positive, with_negative.to(with_positive.dtype), owner)
 
 
@@ -72,7 +75,7 @@ def perceptual(found: Similarities, sign: LossSign) -> Float[Tensor, " n"]:
 def contrastive(found: Similarities, lam: float, margin: float, sign: LossSign) -> Float[Tensor, " n"]:
     """L_C (Eq. 7) of each image, averaged over its negatives; 0 for an image without any."""
     direction = 1.0 if sign == "distance" else -1.0
-    gap = lam * found.negative - found.positive[found.owner]
+    gap = lam * found.negative - found.positive.index_select(0, found.owner)
     return found.mean_over_negatives((direction * gap + margin).clamp(min=0))
 
 
