@@ -8,6 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATASET ?= digits
 SEEDS ?= 0,1,2,3,4
+PROFILE ?= miniature
 METHODS ?= finetune,fixed_sd,guided
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
@@ -50,6 +51,14 @@ digits-seeds: data ## the same three methods over five seeds: make digits-seeds 
 .PHONY: report
 report: $(STAMP) ## tables, curves and the gallery page from runs/ into reports/
 	@$(BIN)/fscil report
+
+.PHONY: repro
+repro: $(STAMP) ## every table from what changed: dvc repro in the virtual environment
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro
+
+.PHONY: profile
+profile: $(STAMP) ## what dvc repro runs: make profile PROFILE=miniature (or paper)
+	@$(BIN)/fscil profile $(PROFILE)
 
 .PHONY: study
 study: $(STAMP) ## measure what the method does on the runs in runs/; reports/study.md and plots

@@ -7,6 +7,10 @@
     fscil study [--runs runs] [--out reports] [--state .fscil]           what the method does, measured on sealed runs
     fscil windows [generator=... windows=... any Hydra override ...]     which denoising step settles what
     fscil learners                                                       what each learner is, as Markdown (docs/learners.md)
+    fscil profile <name>                                                 what `dvc repro` runs: miniature or paper
+    fscil data | settings | cell ...                                     the stages of dvc.yaml
+    fscil restore <run | path | digest> [--to folder]                    bring back what DVC keeps of a run
+    fscil gc [--delete] [--days 7]                                       what no run names any more; shown before it goes
     fscil up [--prefect-port 4200] [--mlflow-port 5000] [--runs 1]       Prefect server, worker, MLflow UI, deployments
     fscil down                                                           end them
 
@@ -15,21 +19,23 @@ Exit codes: 0 done; 1 a run failed or a replay differs; 2 the command or a setti
 
 import argparse
 import itertools
-import os
-import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from rich.console import Console
+from flows.cli import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    console,
+    fail,
+    known_errors,
+    prefect_server,
+    quieten,
+)
+from flows.commands import cell, data, gc, profile, restore, settings
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-SERVER_START_S = 180
 SWEPT = ("dataset", "method", "seed")
-
-console = Console(stderr=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quieten()
     commands = {"replay": _replay, "report": _report, "study": _study, "windows": _windows}
     commands |= {"learners": _learners, "up": _up, "down": _down}
+    commands |= {"data": data, "settings": settings, "cell": cell, "profile": profile}
+    commands |= {"restore": restore, "gc": gc}
     try:
         if arguments[0] in commands:
             return commands[arguments[0]](arguments[1:])
@@ -48,49 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; nothing sealed is lost - the same command goes on from here")
         return EXIT_INTERRUPTED
-
-
-def quieten() -> None:
-    """Settings that Prefect, diffusers and transformers read when they are imported."""
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if "prefect" not in sys.modules:
-        home = os.environ.setdefault("PREFECT_HOME", str(Path(".fscil/prefect").resolve()))
-        Path(home).mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def prefect_server() -> Iterator[None]:
-    """Use the Prefect server of the settings if it listens; else run one for as long as the block lasts."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    url = PREFECT_API_URL.value()
-    if url and _listens(url):
-        yield
-        return
-    from prefect.server.api.server import SubprocessASGIServer
-
-    with temporary_settings({PREFECT_API_URL: None}):
-        server = SubprocessASGIServer()
-        server.start(timeout=SERVER_START_S)
-        try:
-            with temporary_settings({PREFECT_API_URL: server.api_url}):
-                yield
-        finally:
-            server.stop()
-
-
-def _listens(url: str) -> bool:
-    parts = urlsplit(url)
-    try:
-        with socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 80), timeout=0.5):
-            return True
-    except OSError:
-        return False
 
 
 def expand(arguments: Sequence[str]) -> list[list[str]]:
@@ -117,15 +82,15 @@ def _run(arguments: Sequence[str]) -> int:
         combinations = expand(arguments)
         configs = [load_config(combination) for combination in combinations]
     except (ConfigError, ValueError) as error:
-        return _fail(error, EXIT_USAGE)
+        return fail(error, EXIT_USAGE)
     from flows.experiment import fscil, preflight
     from flows.report import print_table
 
     try:
         for config in configs:
             preflight(config)
-    except _known_errors() as error:
-        return _fail(error, EXIT_USAGE)
+    except known_errors() as error:
+        return fail(error, EXIT_USAGE)
     records = []
     with prefect_server():
         for combination, config in zip(combinations, configs, strict=True):
@@ -134,8 +99,8 @@ def _run(arguments: Sequence[str]) -> int:
             console.rule(f"{config.dataset.name} · {config.method} · seed {config.seed}")
             try:
                 records.append(fscil(chosen.get("dataset", "digits"), config.method, config.seed, rest))
-            except _known_errors() as error:
-                return _fail(error, EXIT_FAILED)
+            except known_errors() as error:
+                return fail(error, EXIT_FAILED)
     print_table(records, config.runtime.runs, config.runtime.state)
     return 0
 
@@ -144,15 +109,15 @@ def _replay(arguments: Sequence[str]) -> int:
     from flows.replay import replay
 
     if len(arguments) != 1:
-        return _fail(
+        return fail(
             ValueError("replay takes one epoch folder: fscil replay runs/.../session-00/epoch-000"),
             EXIT_USAGE,
         )
     try:
         with prefect_server():
             report = replay(Path(arguments[0]))
-    except _known_errors() as error:
-        return _fail(error, EXIT_USAGE)
+    except known_errors() as error:
+        return fail(error, EXIT_USAGE)
     print(report.sentence())
     return 0 if report.equal else EXIT_FAILED
 
@@ -222,7 +187,7 @@ def _up(arguments: Sequence[str]) -> int:
     try:
         lines = up(chosen.prefect_port, chosen.mlflow_port, chosen.runs)
     except (ValueError, ServiceError) as error:
-        return _fail(error, EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED)
+        return fail(error, EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED)
     print("\n".join(lines))
     return 0
 
@@ -239,26 +204,11 @@ def _written(write: Callable[[], list[Path]]) -> int:
     """Print which files were written, or why none could be."""
     try:
         paths = write()
-    except _known_errors() as error:
-        return _fail(error, EXIT_USAGE)
+    except known_errors() as error:
+        return fail(error, EXIT_USAGE)
     for path in paths:
         print(path)
     return 0
-
-
-def _known_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message is for the user; anything else is a fault of ours and keeps its traceback."""
-    from flows.experiment import RunError
-    from flows.replay import ReplayError
-    from tasks.store import StoreError
-    from tasks.vlm.transport import VlmError
-
-    return (ValueError, RunError, ReplayError, StoreError, VlmError, OSError)
-
-
-def _fail(error: Exception, code: int) -> int:
-    console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-    return code
 
 
 if __name__ == "__main__":

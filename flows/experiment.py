@@ -1,7 +1,7 @@
 """One experiment: a dataset, a method and a seed, all FSCIL sessions. The flow that deployments start."""
 
-import hashlib
 import inspect
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +24,6 @@ from tasks.provenance import provenance
 from tasks.records import (
     ArtifactRef,
     Benchmark,
-    Digest,
     ExperimentRecord,
     Frozen,
     LoopState,
@@ -34,6 +33,7 @@ from tasks.records import (
 )
 from tasks.store import StageFolder, Store, read_json, write_json
 from tasks.tracking import Tracker
+from tasks.versions import RunVersions
 from tasks.vlm.factory import check_vlm
 from tasks.vlm.images_api import ImagesApi, ImagesApiSettings
 from tasks.vlm.zero_shot import refuse_alike
@@ -107,7 +107,7 @@ def preflight(config: ExperimentConfig) -> Benchmark:
         VlmError: the VLM does not answer.
     """
     with _held(Store(config.runtime.state), config.run_key):
-        _same_settings(config.runtime.runs / config.run_key / "config.json", config)
+        _make_way(config.runtime.runs / config.run_key, config)
     check_ray(config.runtime)
     config.runtime.torch_device  # noqa: B018 - raises where the device is not there
     benchmark = build_benchmark(config.dataset, cache=config.runtime.state / "datasets")
@@ -144,15 +144,22 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
             tracker = stack.enter_context(Tracker.of(config.tracking, store, config.run_key))
             tracker.start(config.identity, origin)
             stack.enter_context(shards_on(config.runtime))
-            sessions = _run_sessions(config, split.output, folder, vlm_url, tracker)
+            versions = RunVersions(folder, origin.model_dump(mode="json"))
+            sessions = _run_sessions(config, split.output, folder, vlm_url, tracker, versions)
             record = summarise(config, split.output, sessions)
             write_json(folder / "experiment.json", record)
+            versions.keep()
             tracker.finish(record)
     return record
 
 
 def _run_sessions(
-    config: ExperimentConfig, split: Split, folder: Path, vlm_url: str | None, tracker: Tracker
+    config: ExperimentConfig,
+    split: Split,
+    folder: Path,
+    vlm_url: str | None,
+    tracker: Tracker,
+    versions: RunVersions,
 ) -> list[SessionRecord]:
     state, sessions = LoopState(), []
     for index, (train_ref, test_ref) in enumerate(zip(split.train, split.test, strict=True)):
@@ -169,7 +176,7 @@ def _run_sessions(
             runtime=config.runtime,
         )
         session_folder = folder / f"session-{index:02d}"
-        session = run_session(config, index, context, test_ref, session_folder, vlm_url, tracker)
+        session = run_session(config, index, context, test_ref, session_folder, vlm_url, tracker, versions)
         sessions.append(session)
         state = session.end
     return sessions
@@ -195,7 +202,7 @@ def seal_split(store: Store, config: ExperimentConfig, benchmark: Benchmark) -> 
         "split",
         SPLIT_VERSION,
         settings={"dataset": config.dataset.name},
-        inputs={"benchmark": _benchmark_digest(benchmark)},
+        inputs={"benchmark": benchmark.digest},
         seed=0,
         output=Split,
         compute=compute,
@@ -212,11 +219,6 @@ def _weights(config: ExperimentConfig) -> dict[str, str]:
     if config.asks_vlm and (vlm := vlm_digest(config.vlm)) is not None:
         weights["vlm"] = str(vlm)
     return weights
-
-
-def _benchmark_digest(benchmark: Benchmark) -> Digest:
-    text = benchmark.model_dump_json()
-    return Digest(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest())
 
 
 def summarise(config: ExperimentConfig, split: Split, sessions: list[SessionRecord]) -> ExperimentRecord:
@@ -250,12 +252,16 @@ def _held(store: Store, key: str) -> Iterator[None]:
         lock.release()
 
 
-def _same_settings(path: Path, config: ExperimentConfig) -> None:
+def _make_way(folder: Path, config: ExperimentConfig) -> None:
+    """See that the run's folder is empty or its own; one of other settings goes only where that was asked for."""
+    path = folder / "config.json"
     if not path.is_file():
         return
     changed = differences(identity_of(read_json(path)), config.identity)
-    if changed:
+    if changed and not config.runtime.replace:
         raise RunError(
-            f"{path.parent} was written with other settings ({'; '.join(changed)}). "
-            f"Move or delete that folder, or set runtime.runs= to another one"
+            f"{folder} was written with other settings ({'; '.join(changed)}). "
+            "Move or delete that folder, set runtime.runs= to another one, or runtime.replace=true to replace it"
         )
+    if changed:
+        shutil.rmtree(folder)

@@ -26,6 +26,7 @@ from tasks.records import (
 from tasks.regenerate import regenerate
 from tasks.store import artifacts_of, export, write_json
 from tasks.tracking import Tracker
+from tasks.versions import RunVersions
 
 Initial = StageRecord[AugmentationSet] | None
 
@@ -49,6 +50,7 @@ def run_session(
     folder: Path,
     vlm_url: str | None,
     tracker: Tracker,
+    versions: RunVersions,
 ) -> SessionRecord:
     """Run one session from the state the one before ended with.
 
@@ -60,18 +62,20 @@ def run_session(
         folder: the session's results folder.
         vlm_url: address of a VLM started by the run, if any.
         tracker: mirrors sealed records into MLflow.
+        versions: keeps the run's folder in DVC's cache.
     """
     if config.zero_shot:
         tracker.session_start(index, None, folder / "initial")
         learned = _Learned(None, [], "the VLM classifies and learns nothing", context.start)
         test = evaluate_zero_shot(context, test_ref, config.vlm, vlm_url)
     else:
-        learned = _learn(config, index, context, folder, vlm_url, tracker)
+        learned = _learn(config, index, context, folder, vlm_url, tracker, versions)
         assert learned.end.classifier is not None, "an epoch always leaves a classifier"
         test = evaluate_test(context, test_ref, learned.end.classifier, config.trained)
     export(context.store, artifacts_of(test), test, folder / "test")
     session = _sealed(context, index, learned, test)
     write_json(folder / "record.json", session)
+    versions.keep()
     tracker.session(session)
     say_session(session)
     return session
@@ -84,6 +88,7 @@ def _learn(
     folder: Path,
     vlm_url: str | None,
     tracker: Tracker,
+    versions: RunVersions,
 ) -> _Learned:
     initial: Initial = None
     if config.augmenter.draws:
@@ -99,6 +104,7 @@ def _learn(
         record, stop = run_epoch(context, config, vlm_url, history)
         epoch_folder = folder / f"epoch-{record.epoch:03d}"
         export(context.store, artifacts_of(stages_of(record)), record, epoch_folder)
+        versions.keep()
         tracker.epoch(record, epoch_folder)
         say_epoch(record)
         records.append(record)

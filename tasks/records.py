@@ -5,6 +5,7 @@ Large lists (images, predictions, verdicts) are JSON-lines files of these types,
 their :class:`ArtifactRef`.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Generic, Literal, NewType, Self, TypeVar
@@ -126,6 +127,12 @@ class Benchmark(Frozen):
     k_shot: int
     split_rule: str
     sessions: tuple[Session, ...]
+
+    @property
+    def digest(self) -> Digest:
+        """Of every image's content, place and label, and of how they are cut."""
+        text = self.model_dump_json()
+        return Digest(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest())
 
 
 # ----------------------------------------------------------------------------------------- what was asked for

@@ -13,6 +13,7 @@ class RuntimeSettings(Frozen):
     """Device, threads, folders, and how many MiB of decoded pictures are kept; no fingerprint covers them.
 
     Attributes:
+        replace: an earlier run of other settings in the same folder makes way, in place of an error.
         shards: where images are drawn: in this ``process``, or on a ``ray`` cluster.
         address: of a Ray cluster that runs; None for one of this machine, for as long as the run lasts.
         workers: shards under way at once on this machine's own cluster; None: one for each core.
@@ -24,6 +25,7 @@ class RuntimeSettings(Frozen):
     image_cache: int = Field(default=2048, ge=0)
     state: Path
     runs: Path
+    replace: bool = False
     shards: Literal["process", "ray"] = "process"
     address: str | None = None
     workers: int | None = Field(default=None, ge=1)

@@ -55,12 +55,16 @@ def digest_of(path: Path) -> Digest:
         ]
         if not listing:
             raise StoreError(f"{path} is an empty folder and has no digest")
-        listing.sort(key=lambda entry: entry["relpath"])
-        text = json.dumps(listing, sort_keys=True)
-        return Digest(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() + ".dir")
+        return directory_object(listing)[0]
     if not path.is_file():
         raise StoreError(f"{path} does not exist")
     return Digest(_md5(path))
+
+
+def directory_object(entries: Iterable[Mapping[str, str]]) -> tuple[Digest, str]:
+    """DVC's object for a folder: its digest, and the listing of ``md5`` and ``relpath`` that the digest is of."""
+    text = json.dumps(sorted(entries, key=lambda entry: entry["relpath"]), sort_keys=True)
+    return Digest(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() + ".dir"), text
 
 
 def _md5(path: Path) -> str:
@@ -389,17 +393,21 @@ def export(store: Store, refs: Iterable[ArtifactRef], record: BaseModel, folder:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for ref in refs:
-        _link(store.locate(ref), temporary / ref.name)
+        link(store.locate(ref), temporary / ref.name)
     write_atomic(temporary / "record.json", text)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     _sync_folder(folder.parent)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """Second names for a file, or for every file of a folder; copies where the file system has none.
+
+    What is there already stays.
+    """
     if source.is_dir():
         for file in _files_below(source):
-            _link(file, target / file.relative_to(source))
+            link(file, target / file.relative_to(source))
         return
     if target.exists():
         return

@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 from flows.__main__ import expand
 from flows.config import load_config
+from flows.reproduce import overrides_of, read_profile
 from tasks.datasets.digits import write_digits
 from tasks.store import digest_of
 from tests.conftest import ROOT
@@ -88,8 +89,24 @@ def test_constraints_satisfy_every_requirement() -> None:
 def test_dvc_stages_name_what_exists() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert stages["pretrain"]["frozen"] is True
-    for path in stages["pretrain"]["deps"]:
-        assert (ROOT / path).exists(), path
-    matrix = stages["experiment"]["matrix"]
-    for method in matrix["method"]:
-        assert load_config([f"dataset={matrix['dataset'][0]}", f"method={method}"])
+    for stage in stages.values():
+        for path in stage.get("deps", []):
+            assert path.startswith("reports/") or (ROOT / path).exists(), path
+    keys = {name for stage in stages.values() for name in stage.get("params", [])}
+    axes = {value.strip("${}") for stage in stages.values() for value in stage.get("matrix", {}).values()}
+    assert keys | axes <= set(yaml.safe_load((ROOT / "params.yaml").read_text()))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "profile").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_experiment_of_a_profile_composes(path: Path) -> None:
+    profile = read_profile(path)
+    assert profile.profile == path.stem
+    for dataset in profile.datasets:
+        for method in profile.methods:
+            config = load_config([*overrides_of(profile), f"dataset={dataset}", f"method={method}"])
+            assert config.runtime.replace
+
+
+def test_params_yaml_is_a_profile_as_it_is_in_configs() -> None:
+    here = ROOT / "params.yaml"
+    assert here.read_bytes() == (ROOT / "configs" / "profile" / "miniature.yaml").read_bytes()

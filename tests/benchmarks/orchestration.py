@@ -20,7 +20,7 @@ from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_UR
 import flows.epoch
 import flows.experiment
 import flows.session
-from flows.__main__ import prefect_server
+from flows.cli import prefect_server
 from flows.config import load_config
 from tasks.datasets.digits import write_digits
 from tests.benchmarks.measuring import Plan, Row

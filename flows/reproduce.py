@@ -1,0 +1,148 @@
+"""What the stages of dvc.yaml run: `fscil data`, `fscil settings` and `fscil cell`, by what params.yaml names.
+
+params.yaml is one of configs/profile/, or a change of it. Each experiment of its matrix is one stage, which depends
+on what it reads alone: the description of its data, its own settings as Hydra composes them without the groups that
+the method never looks at, and the code. So DVC knows what a change concerns without running anything.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from flows.config import CONFIGS, PROJECT, ConfigError, ExperimentConfig, choices, load_config
+from tasks.datasets.benchmark import build_benchmark
+from tasks.datasets.digits import write_digits
+from tasks.records import ExperimentRecord, Frozen
+from tasks.store import write_json
+
+PARAMS = PROJECT / "params.yaml"
+REPORTS = Path("reports")
+
+
+class Profile(Frozen):
+    """What ``dvc repro`` runs: every dataset with every method and seed, under the same overrides."""
+
+    profile: str
+    datasets: tuple[str, ...] = Field(min_length=1)
+    methods: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    overrides: tuple[str, ...]
+
+
+def read_profile(path: Path = PARAMS) -> Profile:
+    """Read params.yaml.
+
+    Raises:
+        ConfigError: it is missing or says something else.
+    """
+    try:
+        return Profile.model_validate(yaml.safe_load(path.read_text("utf-8")))
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        raise ConfigError(
+            f"{path} is no profile ({error}); take one of configs/profile: make profile PROFILE=miniature"
+        ) from error
+
+
+def choose_profile(name: str, target: Path = PARAMS) -> Profile:
+    """Make a profile of configs/profile the one that ``dvc repro`` runs.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in choices("profile"):
+        raise ConfigError(f"profile {name!r} is unknown; it is one of {', '.join(choices('profile'))}")
+    shutil.copyfile(CONFIGS / "profile" / f"{name}.yaml", target)
+    return read_profile(target)
+
+
+def overrides_of(profile: Profile) -> list[str]:
+    """Those of an experiment within ``dvc repro``: a run of other settings in its folder makes way."""
+    return [*profile.overrides, "runtime.replace=true"]
+
+
+# ------------------------------------------------------------------------------------------ the stages
+
+
+def write_data(dataset: str, profile: Profile, out: Path = REPORTS) -> Path:
+    """Describe a dataset: its sessions, how many images, and one digest of every image's content and place.
+
+    The digits are written first where they are missing; other datasets need `make data`.
+
+    Raises:
+        ValueError: data that are missing or do not fit.
+    """
+    config = load_config([*profile.overrides, f"dataset={dataset}"])
+    if config.dataset.name == "digits":
+        write_digits(Path(config.dataset.root))
+    benchmark = build_benchmark(config.dataset, cache=config.runtime.state / "datasets")
+    described = {
+        "dataset": benchmark.dataset,
+        "split_rule": benchmark.split_rule,
+        "classes": len(benchmark.class_names),
+        "digest": benchmark.digest,
+        "sessions": [
+            {"session": s.index, "train": len(s.train), "val": len(s.val), "test": len(s.test)}
+            for s in benchmark.sessions
+        ],
+    }
+    target = out / "data" / f"{dataset}.json"
+    write_json(target, described)
+    return target
+
+
+def write_settings(profile: Profile, out: Path = REPORTS) -> list[Path]:
+    """The settings that each row reads, one file for each dataset and method; files of other rows go."""
+    shutil.rmtree(out / "settings", ignore_errors=True)
+    written = []
+    for dataset in profile.datasets:
+        for method in profile.methods:
+            config = load_config([*profile.overrides, f"dataset={dataset}", f"method={method}"])
+            target = out / "settings" / dataset / f"{method}.json"
+            write_json(target, settings_read(config))
+            written.append(target)
+    return written
+
+
+def settings_read(config: ExperimentConfig) -> Mapping[str, Any]:
+    """What makes a run's result, without the seed and without the groups that its method never looks at."""
+    augmenter = config.augmenter
+    tunes = augmenter.tuning != "none"
+    unread = {
+        "classifier": True,  # part of the learner already
+        "generator": not augmenter.draws,
+        "images_api": not augmenter.draws,
+        "vlm": not config.asks_vlm,
+        "mining": not augmenter.learns,
+        "tuning": not tunes,
+        "stopping": config.zero_shot,
+        "seed": True,
+    }
+    return {key: value for key, value in config.identity.items() if not unread.get(key)}
+
+
+def write_cell(record: ExperimentRecord, out: Path = REPORTS) -> Path:
+    """What one experiment came to, for `dvc metrics show`: accuracies in percent, and what was spent."""
+    last = record.sessions[-1]
+    accuracies = {
+        "A_base": record.a_base,
+        "A_last": record.a_last,
+        "A_avg": record.a_avg,
+        "novel": last.novel,
+        "harmonic": last.harmonic,
+    }
+    rounded: dict[str, float | None] = {
+        name: None if value is None else round(100 * value, 2) for name, value in accuracies.items()
+    }
+    spent: dict[str, float | None] = {
+        "images": record.images_drawn,
+        "vlm_calls": record.usage.calls,
+        "vlm_tokens": record.usage.tokens,
+        "epochs": record.epochs,
+    }
+    target = out / "cells" / record.dataset / record.method / f"seed-{record.seed}.json"
+    write_json(target, rounded | spent)
+    return target

@@ -1,0 +1,275 @@
+"""Versions: each run's folder kept by content in DVC's cache, and named by a pointer file beside it.
+
+    runs/<dataset>/<method>/seed-<n>/       results, hard-linked from the state
+    runs/<dataset>/<method>/seed-<n>.dvc    the pointer: DVC's digest of the folder, and who made it (``meta``)
+    .dvc/cache/files/md5/..                 every file once, whichever run or epoch it belongs to, read-only
+
+A pointer is what ``dvc add`` would have written: git keeps it, ``dvc push`` and ``dvc pull`` carry what it names. It
+is written after each sealed epoch by the run itself, however the run was started. Objects have their content's
+name and appear whole by a rename or a link, so runs at once need no lock. DVC itself is imported only to find its
+cache and to reach a remote.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import yaml
+
+from tasks.records import Digest, Frozen
+from tasks.store import StoreError, digest_of, directory_object, link, write_atomic
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+POINTER = ".dvc"
+_READ_ONLY = 0o444  # the mode by which DVC knows that an object was not changed
+
+_Stamp: TypeAlias = tuple[int, int, int]
+
+
+class Entry(Frozen):
+    """One file of a kept folder: its content's id, and its path in the folder."""
+
+    md5: Digest
+    relpath: str
+
+
+class Pointer(Frozen):
+    """What a pointer file says: the folder it stands beside, the folder's digest, and who made it."""
+
+    folder: Path
+    digest: Digest
+    meta: Mapping[str, Any]
+
+
+class Versions:
+    """DVC's cache of the repository that a results folder lies in."""
+
+    def __init__(self, repository: Path) -> None:
+        """Args: repository: a folder with ``.dvc`` in it."""
+        self.repository = repository
+        self._known: dict[Path, tuple[_Stamp, Digest]] = {}
+
+    @classmethod
+    def around(cls, folder: Path) -> "Versions | None":
+        """Those of the nearest repository that a folder lies in; None outside of any."""
+        here = folder.resolve()
+        return next((cls(parent) for parent in (here, *here.parents) if (parent / ".dvc").is_dir()), None)
+
+    # -------------------------------------------------------------------------------------- keeping
+
+    def keep(self, folder: Path, meta: Mapping[str, object]) -> Digest:
+        """Keep a run's folder as it is now and point to it; what is kept already is not read again.
+
+        Args:
+            folder: the run's folder.
+            meta: who made the run; written into the pointer, no part of the digest.
+
+        Raises:
+            StoreError: the folder is empty.
+        """
+        entries, size = [], 0
+        for file in _visible(folder):
+            entry = Entry(md5=self._kept(file), relpath=file.relative_to(folder).as_posix())
+            entries.append(entry)
+            size += file.stat().st_size
+        if not entries:
+            raise StoreError(f"{folder} is empty: there is nothing to keep")
+        digest, text = directory_object([entry.model_dump() for entry in entries])
+        if not (listing := self._object(digest)).exists():
+            write_atomic(listing, text)
+            listing.chmod(_READ_ONLY)
+        out = {"md5": digest, "size": size, "nfiles": len(entries), "hash": "md5", "path": folder.name}
+        said = yaml.safe_dump({"outs": [out], "meta": dict(meta)}, sort_keys=False, allow_unicode=True)
+        pointer = pointer_of(folder)
+        if not pointer.is_file() or pointer.read_text("utf-8") != said:
+            write_atomic(pointer, said)
+        return digest
+
+    def _kept(self, file: Path) -> Digest:
+        """The digest of a file that is in the cache from now on."""
+        status = file.stat()
+        stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if (known := self._known.get(file)) is None or known[0] != stamp:
+            known = (stamp, digest_of(file))
+            self._put(file, self._object(known[1]), status.st_size)
+            self._known[file] = known
+        return known[1]
+
+    @staticmethod
+    def _put(file: Path, target: Path, size: int) -> None:
+        if target.exists() and target.stat().st_size == size:
+            return
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            link(file, temporary)
+            temporary.chmod(_READ_ONLY)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)  # a rename between two names of one file leaves both
+
+    def _object(self, digest: Digest) -> Path:
+        return self._cache / digest[:2] / digest[2:]
+
+    @property
+    def _cache(self) -> Path:
+        return _cache_of(self.repository)
+
+    # -------------------------------------------------------------------------------------- bringing back
+
+    def pointers(self) -> Iterator[Pointer]:
+        """Those of all runs that this checkout knows."""
+        paths = sorted(self.repository.glob(f"**/seed-*{POINTER}"))
+        return (read_pointer(path) for path in paths if ".dvc" not in path.parts[:-1])
+
+    def entries(self, digest: Digest) -> list[Entry]:
+        """The files of a kept folder, brought from the remote if need be.
+
+        Raises:
+            StoreError: neither the cache nor a remote has it.
+        """
+        self.bring([digest])
+        return [Entry.model_validate(entry) for entry in json.loads(self._object(digest).read_text("utf-8"))]
+
+    def bring(self, digests: Iterable[Digest]) -> None:
+        """Let the cache have objects; those that it lacks come from the default remote.
+
+        Raises:
+            StoreError: there is no remote, or it lacks one of them.
+        """
+        missing = sorted({digest for digest in digests if not self._object(digest).is_file()})
+        if not missing:
+            return
+        from dvc.config import NoRemoteError
+        from dvc_data.hashfile.hash_info import HashInfo
+
+        some = f"{missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}"
+        try:
+            with _opened(self.repository) as repo:
+                repo.cloud.pull([HashInfo("md5", digest) for digest in missing])
+        except NoRemoteError as error:
+            raise StoreError(
+                f"{some} is not in DVC's cache and there is no remote to bring it from; "
+                "name one with: dvc remote add -d <name> <address>"
+            ) from error
+        if still := [digest for digest in missing if not self._object(digest).is_file()]:
+            raise StoreError(
+                f"{some}: neither DVC's cache nor its default remote has {len(still)} of {len(missing)} objects; "
+                "run `dvc push` where the run was made"
+            )
+
+    def restore(self, entries: Iterable[Entry], folder: Path) -> int:
+        """Put kept files into a folder, as links to the cache; files that are there and equal stay.
+
+        Returns:
+            How many were put there.
+
+        Raises:
+            StoreError: an object is damaged or missing, or another file is in the way.
+        """
+        listed = list(entries)
+        self.bring(entry.md5 for entry in listed)
+        missing = []
+        for entry in listed:
+            target = folder / _inside(entry.relpath)
+            if not target.exists():
+                missing.append((entry, target))
+            elif digest_of(target) != entry.md5:
+                raise StoreError(f"{target} is in the way with other content; move it and restore again")
+        for entry, target in missing:
+            kept = self._object(entry.md5)
+            if (found := digest_of(kept)) != entry.md5:
+                raise StoreError(
+                    f"DVC's cache is damaged: {kept} holds {found}; delete that file and restore again"
+                )
+            link(kept, target)
+        return len(missing)
+
+
+class RunVersions:
+    """Keeps one run each time it is told to; outside of a DVC repository it does nothing."""
+
+    def __init__(self, folder: Path, meta: Mapping[str, object]) -> None:
+        """Args: folder: the run's results. meta: who makes the run, for the pointer."""
+        self._versions, self._folder, self._meta = Versions.around(folder.parent), folder, meta
+
+    def keep(self) -> Digest | None:
+        """Keep the folder as it is now; its digest, or None outside of a repository."""
+        return self._versions.keep(self._folder, self._meta) if self._versions else None
+
+
+def below(entries: Iterable[Entry], folder: str) -> list[Entry]:
+    """Those of a part of a kept folder, with paths relative to it; ``""`` is the whole."""
+    prefix = f"{folder}/" if folder else ""
+    return [
+        Entry(md5=entry.md5, relpath=entry.relpath.removeprefix(prefix))
+        for entry in entries
+        if entry.relpath.startswith(prefix)
+    ]
+
+
+def find(entries: Iterable[Entry], digest: Digest) -> str | None:
+    """Where in a kept folder a file or folder of this content is; None if nowhere."""
+    folders: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        if entry.md5 == digest:
+            return entry.relpath
+        for parent in PurePosixPath(entry.relpath).parents[:-1]:
+            folders[parent.as_posix()].append(entry)
+    for folder, members in folders.items():
+        if directory_object([entry.model_dump() for entry in below(members, folder)])[0] == digest:
+            return folder
+    return None
+
+
+def pointer_of(folder: Path) -> Path:
+    """The pointer file beside a run's folder."""
+    return folder.with_name(folder.name + POINTER)
+
+
+def read_pointer(path: Path) -> Pointer:
+    """Read a pointer file.
+
+    Raises:
+        StoreError: it is not one.
+    """
+    try:
+        said = yaml.safe_load(path.read_text("utf-8"))
+        (out,) = said["outs"]
+        return Pointer(
+            folder=path.with_name(out["path"]), digest=Digest(out["md5"]), meta=said.get("meta") or {}
+        )
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is no pointer of DVC to one folder: {error}") from error
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """All files, but for what is being written."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def _inside(relpath: str) -> PurePosixPath:
+    path = PurePosixPath(relpath)
+    if path.is_absolute() or ".." in path.parts:
+        raise StoreError(f"a kept folder names {relpath!r}, which lies outside of it")
+    return path
+
+
+@lru_cache(maxsize=8)
+def _cache_of(repository: Path) -> Path:
+    with _opened(repository) as repo:
+        return Path(repo.cache.local.path)
+
+
+def _opened(repository: Path) -> "Repo":
+    from dvc.repo import Repo
+
+    return Repo(str(repository))
