@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,11 +44,23 @@ def prefect_server() -> Iterator[None]:
     with temporary_settings({PREFECT_API_URL: None}):
         server = SubprocessASGIServer()
         server.start(timeout=SERVER_START_S)
+        assert server.server_process is not None, "it was started just now"
+        guard = _ends_with_us(server.server_process.pid)
         try:
             with temporary_settings({PREFECT_API_URL: server.api_url}):
                 yield
         finally:
             server.stop()
+            guard.kill()
+            guard.wait()
+
+
+def _ends_with_us(process: int) -> subprocess.Popen[bytes]:
+    """A shell that ends a process once this one is gone, even if by ``kill -9``: its pipe closes then."""
+    return subprocess.Popen(
+        ["/bin/sh", "-c", f"read _; kill {process}"],
+        stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
 
 
 def _listens(url: str) -> bool:

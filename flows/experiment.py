@@ -138,7 +138,7 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
                 config.identity,
                 data_digest=str(split.inputs["benchmark"]),
                 weights=_weights(config),
-                command=tuple(sys.argv),
+                command=(Path(sys.argv[0]).name, *sys.argv[1:]),
             )
             write_json(store.root / "runs" / config.run_key / "provenance.json", origin)
             tracker = stack.enter_context(Tracker.of(config.tracking, store, config.run_key))

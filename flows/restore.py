@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tasks.records import EpochRecord, Frozen, SessionRecord, StageRecord
+from tasks.records import AugmentationSet, EpochRecord, Frozen, SessionRecord, StageRecord
 from tasks.store import StoreError
 from tasks.tracked import STAGES
 from tasks.versions import Pointer, Versions, below, find, pointer_of, read_pointer
@@ -69,7 +69,7 @@ def restore(what: str, runs: Path, to: Path | None = None) -> Restored:
 
 def _by_place(what: str, runs: Path) -> tuple[Pointer, str]:
     for place in (Path(what).resolve(), (runs / what).resolve()):
-        for folder in (place, *place.parents):
+        for folder in (place, *list(place.parents)[:-1]):
             if pointer_of(folder).is_file():
                 part = place.relative_to(folder).as_posix()
                 return read_pointer(pointer_of(folder)), "" if part == "." else part
@@ -163,7 +163,7 @@ def _stages_of(runs: Path) -> Iterator[StageRecord]:
         epoch = EpochRecord.model_validate_json(path.read_text("utf-8"))
         found += [getattr(epoch, stage) for stage in STAGES]
     for path in runs.glob("**/session-*/initial/record.json"):
-        found.append(StageRecord.model_validate_json(path.read_text("utf-8")))
+        found.append(StageRecord[AugmentationSet].model_validate_json(path.read_text("utf-8")))
     return (record for record in found if record is not None)
 
 

@@ -1,0 +1,211 @@
+"""`dvc repro` in a clone: it builds the tables, then nothing, then only what a change concerns; a second clone replays."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.config import ConfigError, load_config
+from flows.reproduce import choose_profile, read_profile, settings_read, write_settings
+from tasks.store import digest_of
+from tests.conftest import QUICK, ROOT
+
+METHODS = ("finetune", "fixed_sd")
+
+
+def run(place: Path, *command: str, fails: bool = False) -> str:
+    """What a command prints, run in a clone with this environment's programs and no Prefect of its own."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_API", "PYTHONPATH"))}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PREFECT_HOME": str(place / ".fscil" / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@t", "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@t",
+    }  # fmt: skip
+    done = subprocess.run(
+        command, cwd=place, capture_output=True, text=True, env=environment, check=False, timeout=900
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def set_params(place: Path, **changes: object) -> None:
+    path = place / "params.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+
+
+def ran(said: str) -> list[str]:
+    """The stages that `dvc repro` ran, the look at the data aside, which it takes each time."""
+    stages = [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")]
+    return [stage for stage in stages if not stage.startswith("data")]
+
+
+def commit(place: Path, message: str) -> None:
+    run(place, "git", "add", "-A")
+    run(place, "git", "commit", "--quiet", "--no-verify", "-m", message)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as git would hand it out, with quick settings."""
+    place = tmp_path_factory.mktemp("clone") / "project"
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in files.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name)
+    set_params(place, methods=list(METHODS), seeds=[0], overrides=[*QUICK, "tracking=off"])
+    run(place, "git", "init", "--quiet")
+    commit(place, "as it is handed out")
+    return place
+
+
+@pytest.fixture(scope="module")
+def reproduced(clone: Path) -> Path:
+    """The clone after its first `dvc repro`, which wrote every row."""
+    said = ran(run(clone, "dvc", "repro"))
+    assert sorted(said) == sorted(["settings", *(f"experiment@digits-{m}-0" for m in METHODS), "tables"])
+    return clone
+
+
+def test_a_fresh_clone_builds_the_tables_and_a_second_time_does_nothing(reproduced: Path) -> None:
+    table = (reproduced / "reports" / "table.md").read_text()
+    assert all(f"{method} |" in table for method in METHODS)
+    assert ran(run(reproduced, "dvc", "repro")) == []
+    cell = json.loads((reproduced / "reports" / "cells" / "digits" / "fixed_sd" / "seed-0.json").read_text())
+    assert cell["images"] > 0
+
+
+def test_each_run_has_a_pointer_that_dvc_agrees_with(reproduced: Path) -> None:
+    pointers = sorted((reproduced / "runs").rglob("*.dvc"))
+    assert [p.parent.name for p in pointers] == ["finetune", "fixed_sd"]
+    for pointer in pointers:
+        (out,) = yaml.safe_load(pointer.read_text())["outs"]
+        assert out["md5"] == digest_of(pointer.with_suffix(""))
+        assert "up to date" in run(reproduced, "dvc", "status", str(pointer))
+    assert str(reproduced) not in pointers[0].read_text()
+
+
+def test_a_change_runs_what_it_concerns(reproduced: Path) -> None:
+    before = yaml.safe_load((reproduced / "params.yaml").read_text())
+    set_params(reproduced, overrides=[*before["overrides"], "generator.steps=4"])
+    said = run(reproduced, "dvc", "repro", "--dry")
+    assert "experiment@digits-fixed_sd-0" not in ran(said), (
+        "its settings are not known before they are composed"
+    )
+    run(reproduced, "dvc", "repro", "settings")
+    assert "experiment@digits-fixed_sd-0" in run(reproduced, "dvc", "status")
+    assert "experiment@digits-finetune-0" not in run(reproduced, "dvc", "status"), "it draws no image"
+    set_params(reproduced, seeds=[0, 1], overrides=before["overrides"])
+    run(reproduced, "dvc", "repro", "settings")
+    said = run(reproduced, "dvc", "repro", "--dry")
+    assert {s for s in ran(said) if s.startswith("experiment")} == {
+        f"experiment@digits-{m}-1" for m in METHODS
+    }
+    set_params(reproduced, seeds=[0])
+    assert ran(run(reproduced, "dvc", "repro")) in ([], ["settings"])
+
+
+def test_pushed_here_restored_and_replayed_in_a_second_clone(reproduced: Path, tmp_path: Path) -> None:
+    run(reproduced, "dvc", "remote", "add", "--force", "--default", "store", str(tmp_path / "remote"))
+    run(reproduced, "dvc", "push", "--quiet")
+    commit(reproduced, "pointers")
+    second = tmp_path / "second"
+    run(tmp_path, "git", "clone", "--quiet", str(reproduced), str(second))
+    epoch = "runs/digits/fixed_sd/seed-0/session-01/epoch-000"
+    images = digest_of(reproduced / epoch / "images")
+    assert not (second / epoch).exists()
+    assert "restored" in run(second, "fscil", "restore", images)
+    assert digest_of(second / epoch / "images") == images
+    run(second, "python", "-m", "flows", "restore", "digits/fixed_sd/seed-0")
+    assert digest_of(second / "runs/digits/fixed_sd/seed-0") == digest_of(
+        reproduced / "runs/digits/fixed_sd/seed-0"
+    )
+    assert "identical" in run(second, "python", "-m", "flows", "replay", epoch)
+    assert "no run was kept" in run(
+        second, "python", "-m", "flows", "restore", "digits/guided/seed-0", fails=True
+    )
+
+
+def test_what_no_run_names_is_shown_before_it_goes(reproduced: Path) -> None:
+    left = reproduced / ".fscil" / "stages" / "evaluate" / ("0" * 64 + ".partial")
+    left.mkdir()
+    (left / "half").write_text("x")
+    stages = sorted((reproduced / ".fscil" / "stages").glob("*/*"))
+    said = run(reproduced, "python", "-m", "flows", "gc", "--days", "0")
+    assert str(left.relative_to(reproduced)) in said
+    assert "1 sealed stages or leftovers" in said
+    assert "nothing was deleted" in said
+    assert left.exists()
+    run(reproduced, "python", "-m", "flows", "gc", "--days", "0", "--delete")
+    assert sorted((reproduced / ".fscil" / "stages").glob("*/*")) == [p for p in stages if p != left]
+    assert ran(run(reproduced, "dvc", "repro")) == []
+
+
+# ------------------------------------------------------------------------------------------ without DVC
+
+
+def read_by(*overrides: str) -> dict[str, object]:
+    return dict(settings_read(load_config(["dataset=digits", *overrides])))
+
+
+@pytest.mark.parametrize(
+    ("setting", "rows"),
+    [
+        ("tuning.updates=3", {"guided", "first", "random", "vlm"}),
+        ("mining.centres=1", {"guided", "first", "random", "vlm", "sd_vlm"}),
+        ("generator.steps=4", {"guided", "first", "random", "vlm", "sd_vlm", "fixed_sd"}),
+        ("vlm.model=other", {"guided", "vlm", "sd_vlm", "vlm_zero_shot"}),
+        ("learner.base.passes=1", {"guided", "first", "random", "vlm", "sd_vlm", "fixed_sd", "finetune"}),
+        ("runtime.threads=1", set()),
+    ],
+)
+def test_a_setting_is_part_of_the_rows_that_read_it(setting: str, rows: set[str]) -> None:
+    methods = ("guided", "first", "random", "vlm", "sd_vlm", "fixed_sd", "finetune", "vlm_zero_shot")
+    if setting.startswith("learner."):
+        methods = methods[:-1]
+    changed = {m for m in methods if read_by(f"method={m}") != read_by(f"method={m}", setting)}
+    assert changed == rows
+
+
+def test_settings_of_rows_that_left_the_profile_go(tmp_path: Path) -> None:
+    profile = read_profile(ROOT / "params.yaml").model_copy(update={"methods": ("finetune", "ncm")})
+    assert len(write_settings(profile, tmp_path)) == 2
+    write_settings(profile.model_copy(update={"methods": ("ncm",)}), tmp_path)
+    assert [p.name for p in (tmp_path / "settings" / "digits").iterdir()] == ["ncm.json"]
+
+
+def test_a_profile_is_chosen_by_name_and_a_wrong_one_named(tmp_path: Path) -> None:
+    chosen = choose_profile("paper", tmp_path / "params.yaml")
+    assert (chosen.profile, len(chosen.datasets)) == ("paper", 3)
+    with pytest.raises(ConfigError, match="profile 'papr' is unknown; it is one of miniature, paper"):
+        choose_profile("papr", tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("profile: x\n")
+    with pytest.raises(ConfigError, match=r"(?s)is no profile .*make profile"):
+        read_profile(tmp_path / "params.yaml")
+
+
+def commands(arguments: Sequence[str]) -> int:
+    from flows.__main__ import main
+
+    return main(arguments)
+
+
+def test_the_commands_refuse_what_they_cannot_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert commands(["restore", "digits/guided/seed-0"]) == 1
+    assert "lies in no DVC repository" in capsys.readouterr().err
+    assert commands(["profile", "papr"]) == 2
+    assert "one of miniature, paper" in capsys.readouterr().err
