@@ -68,10 +68,10 @@ class Versions:
 
         Args:
             folder: the run's folder.
-            meta: who made the run; written into the pointer, no part of the digest.
+            meta: who made the run; written into the pointer, no part of the digest. Who only found it stays out.
 
         Raises:
-            StoreError: the folder is empty.
+            StoreError: the folder is empty, or something else has its pointer's name.
         """
         entries, size = [], 0
         for file in _visible(folder):
@@ -84,10 +84,10 @@ class Versions:
         if not (listing := self._object(digest)).exists():
             write_atomic(listing, text)
             listing.chmod(_READ_ONLY)
-        out = {"md5": digest, "size": size, "nfiles": len(entries), "hash": "md5", "path": folder.name}
-        said = yaml.safe_dump({"outs": [out], "meta": dict(meta)}, sort_keys=False, allow_unicode=True)
         pointer = pointer_of(folder)
-        if not pointer.is_file() or pointer.read_text("utf-8") != said:
+        if not pointer.is_file() or read_pointer(pointer).digest != digest:
+            out = {"md5": digest, "size": size, "nfiles": len(entries), "hash": "md5", "path": folder.name}
+            said = yaml.safe_dump({"outs": [out], "meta": dict(meta)}, sort_keys=False, allow_unicode=True)
             write_atomic(pointer, said)
         return digest
 

@@ -69,6 +69,8 @@ def test_the_digest_is_dvcs_and_equal_content_is_kept_once(here: Path) -> None:
     assert len(objects(here)) == 1 + 4, "a listing, and four contents of five files"
     pointer = read_pointer(pointer_of(run))
     assert (pointer.folder, pointer.digest, pointer.meta) == (run, digest, {"git_commit": "abc"})
+    versions.keep(run, {"git_commit": "another, which computed nothing"})
+    assert read_pointer(pointer_of(run)) == pointer
     assert "up to date" in dvc(here, "status"), "DVC reads the pointer and finds the folder as it says"
 
 
