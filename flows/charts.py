@@ -121,19 +121,25 @@ def budget_panels(rows: Sequence[Row], found: Mapping[str, Look]) -> list[Panel]
     return [panel for panel in panels if panel is not None]
 
 
-TUNED = (
-    ("ssim_positive", "SSIM to the failures (positives)"),
-    ("ssim_negative", "SSIM to the hardest negatives"),
-    ("loss", "Loss"),
+TUNED: tuple[tuple[str, Callable[[Mapping[str, float]], float | None]], ...] = (
+    ("SSIM to the failures (positives)", lambda means: means.get("ssim_positive")),
+    ("SSIM to the hardest negatives", lambda means: means.get("ssim_negative")),
+    ("SSIM to the failures minus to the negatives", lambda means: _contrast(means)),
+    ("Loss", lambda means: means.get("loss")),
 )
+
+
+def _contrast(means: Mapping[str, float]) -> float | None:
+    both = means.get("ssim_positive"), means.get("ssim_negative")
+    return None if both[0] is None or both[1] is None else both[0] - both[1]
 
 
 def tuning_panels(runs: Sequence[Run], found: Mapping[str, Look]) -> list[Panel]:
     """What tuning did to distances: means over the updates of each tuning, in the order of session and epoch."""
     places = sorted({(point.session, point.epoch) for run in runs for point in run.tunings})
     panels = []
-    for name, title in TUNED:
-        lines = {method: _tuned(of(runs, method), name, places) for method in methods_of(runs)}
+    for title, value in TUNED:
+        lines = {method: _tuned(of(runs, method), value, places) for method in methods_of(runs)}
         lines = {method: line for method, line in lines.items() if line}
         alt = _alt(f"{title}, mean over the updates of each tuning. At the last one", lines)
         if lines:
@@ -141,12 +147,15 @@ def tuning_panels(runs: Sequence[Run], found: Mapping[str, Look]) -> list[Panel]
     return panels
 
 
-def _tuned(runs: Sequence[Run], name: str, places: Sequence[tuple[int, int]]) -> list[Point]:
+def _tuned(
+    runs: Sequence[Run],
+    value: Callable[[Mapping[str, float]], float | None],
+    places: Sequence[tuple[int, int]],
+) -> list[Point]:
     values: dict[tuple[int, int], list[float]] = {}
-    for run in runs:
-        for point in run.tunings:
-            if name in point.means:
-                values.setdefault((point.session, point.epoch), []).append(point.means[name])
+    for point in (point for run in runs for point in run.tunings):
+        if (found := value(point.means)) is not None:
+            values.setdefault((point.session, point.epoch), []).append(found)
     at = {place: n for n, place in enumerate(places)}
     line = [(float(at[place]), *_spread(seen)) for place, seen in sorted(values.items())]
     return thinned(line, POINTS)

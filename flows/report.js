@@ -49,6 +49,7 @@ function choose(group, name) {
       tab.tabIndex = chosen ? 0 : -1;
     }
   }
+  document.dispatchEvent(new CustomEvent("chosen", { detail: { group, name } }));
 }
 
 document.querySelectorAll("[data-tabs]").forEach(makeTabs);
@@ -143,7 +144,17 @@ function compare() {
 if (Object.keys(values).length) {
   fillMethods();
   compare();
-  form.elements.dataset.addEventListener("change", fillMethods);
+  form.elements.dataset.addEventListener("change", () => {
+    fillMethods();
+    choose("dataset", form.elements.dataset.value);
+  });
+  document.addEventListener("chosen", (event) => {
+    const { group, name } = event.detail;
+    if (group !== "dataset" || form.elements.dataset.value === name) return;
+    form.elements.dataset.value = name;
+    fillMethods();
+    compare();
+  });
   form.addEventListener("change", compare);
   form.addEventListener("submit", (event) => event.preventDefault());
   form.hidden = false;

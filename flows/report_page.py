@@ -27,7 +27,7 @@ from flows.charts import (
 from flows.formats import METRICS, NOTE, Marks, beside, columns_of
 from flows.gallery import ShownClass, shown_classes
 from flows.published import published, published_label
-from flows.results import OURS, WITHOUT_IMAGES, Run
+from flows.results import OURS, WITHOUT_IMAGES, Run, rank
 from flows.tables import ABLATION, COLUMN, COMPARED, Column, Mark, Row, by_seed, marks, sections
 from tasks.records import Frozen
 
@@ -117,8 +117,13 @@ def page(runs: Sequence[Run], rows: Sequence[Row], sentences: Sequence[str]) -> 
     )
 
 
+def page_looks(runs: Sequence[Run]) -> dict[str, Look]:
+    """How each method is drawn, in the tables' order whichever datasets it ran on."""
+    return looks(sorted(methods_of(runs), key=rank))
+
+
 def _parts(runs: Sequence[Run], rows: Sequence[Row], sentences: Sequence[str]) -> list[DatasetPart]:
-    found, classes = looks(methods_of(runs)), shown_classes(runs)
+    found, classes = page_looks(runs), shown_classes(runs)
     parts = []
     for dataset in dict.fromkeys(run.dataset for run in runs):
         members = [run for run in runs if run.dataset == dataset]
@@ -176,7 +181,7 @@ def _line(row: Row, columns: Sequence[Column], found: Marks) -> Line:
 
 def chips(runs: Sequence[Run], rows: Sequence[Row]) -> list[Chip]:
     """The legend: every method with its look; few are drawn at first where there are many."""
-    found = looks(methods_of(runs))
+    found = page_looks(runs)
     shown = first_shown(rows)
     return [
         Chip(

@@ -275,6 +275,7 @@ def test_a_dataset_is_chosen_everywhere_by_mouse_and_by_keyboard(browser: Browse
         browser.press(*key)
         assert open_tabs(browser, "dataset") == {dataset}
         assert browser.value("document.activeElement.textContent") == dataset
+    assert browser.value("document.querySelector('select[name=dataset]').value") == "digits"
     assert browser.value("document.querySelectorAll('[role=tab][tabindex=\"0\"]').length") == browser.value(
         "document.querySelectorAll('[role=tablist]').length"
     )
@@ -302,6 +303,9 @@ def test_two_methods_are_compared_seed_by_seed(browser: Browser, report: Path) -
     browser.value("document.querySelector('select[name=first]').focus()")
     browser.press("f", 70, text="f")  # typing chooses: finetune
     assert "A_last of finetune \N{MINUS SIGN} finetune: +0.0 ± 0.0" in browser.value(verdict)
+    browser.value("document.querySelector('select[name=dataset]').focus()")
+    browser.press("d", 68, text="d")
+    assert open_tabs(browser, "dataset") == {"digits"}
     rows = "[...document.querySelectorAll('#difference tbody tr')].map((row) => row.children[0].textContent)"
     assert browser.value(rows) == ["0", "1"]
     assert complaints(browser) == []
