@@ -38,7 +38,7 @@ demo: data ## run finetune, fixed_sd and guided on digits; print a table and whe
 	@$(BIN)/fscil dataset=digits method=$(METHODS) seed=0
 	@$(BIN)/fscil report
 	@echo
-	@echo "Gallery and tables:  reports/gallery.html  reports/table.md"
+	@echo "Report and tables:   reports/report.html  reports/table.md"
 	@echo "MLflow UI:           make ui   (then open http://127.0.0.1:5000)"
 	@echo "Every epoch:         runs/digits/guided/seed-0/session-00/epoch-000/"
 	@echo "Draw one again:      $(BIN)/fscil replay runs/digits/guided/seed-0/session-00/epoch-000"
@@ -49,7 +49,7 @@ digits-seeds: data ## the same three methods over five seeds: make digits-seeds 
 	@$(BIN)/fscil report
 
 .PHONY: report
-report: $(STAMP) ## tables, curves and the gallery page from runs/ into reports/
+report: $(STAMP) ## tables, plot data and the report page from runs/ into reports/
 	@$(BIN)/fscil report
 
 .PHONY: repro

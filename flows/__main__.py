@@ -3,7 +3,7 @@
     fscil dataset=digits method=guided seed=0 [any Hydra override ...]
     fscil dataset=digits method=finetune,fixed_sd,guided seed=0,1,2      every combination, one after another
     fscil replay runs/digits/guided/seed-0/session-00/epoch-000          draw an epoch again and compare
-    fscil report                                                         tables, curves and the gallery
+    fscil report [runs [reports [.fscil]]]                               tables, plot data and the report page
     fscil study [--runs runs] [--out reports] [--state .fscil]           what the method does, measured on sealed runs
     fscil windows [generator=... windows=... any Hydra override ...]     which denoising step settles what
     fscil learners                                                       what each learner is, as Markdown (docs/learners.md)
@@ -125,10 +125,12 @@ def _replay(arguments: Sequence[str]) -> int:
 def _report(arguments: Sequence[str]) -> int:
     from flows.report import build
 
+    if len(arguments) > 3:
+        return _fail(
+            ValueError("report takes up to three folders: fscil report [runs [reports [.fscil]]]"), EXIT_USAGE
+        )
     runs, out, state = (Path(name) for name in (*arguments, *("runs", "reports", ".fscil")[len(arguments) :]))
-    for path in build(runs, out, state):
-        print(path)
-    return 0
+    return _written(lambda: build(runs, out, state))
 
 
 def _study(arguments: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from tasks.records import SessionAccuracy
 
 if TYPE_CHECKING:
-    from flows.report import Run
+    from flows.results import Run
 
 Measure = Callable[[SessionAccuracy], float | None]
 Point = tuple[int, float, float]
@@ -22,32 +22,17 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8
 """Told apart by colour-blind eyes too (Okabe and Ito, then three more); the tenth method starts over."""
 
 
-def charts(runs: "Sequence[Run]") -> dict[str, bytes]:
-    """SVGs for every screen: ``wide_light``, ``wide_dark``, ``narrow_light`` and ``narrow_dark``."""
-    return {
-        f"{width}_{theme}": draw(runs, "svg", dark=theme == "dark", narrow=width == "narrow")
-        for width in ("wide", "narrow")
-        for theme in ("light", "dark")
-    }
-
-
-def draw(
-    runs: "Sequence[Run]", kind: Literal["png", "svg"], *, dark: bool = False, narrow: bool = False
-) -> bytes:
+def draw(runs: "Sequence[Run]", kind: Literal["png", "svg"]) -> bytes:
     """Draw all finished and unfinished sessions; the same runs give the same bytes.
 
     Args:
         runs: runs in the table's order.
         kind: file format.
-        dark: light strokes for a dark page; an SVG's background is transparent.
-        narrow: panels below each other, for a phone.
     """
     datasets = list(dict.fromkeys(run.dataset for run in runs))
-    with rc_context(style(dark)):
-        columns = 1 if narrow else 2
-        rows = 2 * len(datasets) // columns
-        figure = Figure(figsize=(4.8 * columns, 3.6 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    with rc_context(style()):
+        figure = Figure(figsize=(9.6, 3.6 * len(datasets)), layout="constrained")
+        panels = figure.subplots(len(datasets), 2, squeeze=False).flatten().tolist()
         for dataset, overall, split in zip(datasets, panels[::2], panels[1::2], strict=True):
             _dataset(overall, split, [run for run in runs if run.dataset == dataset])
             overall.set_title(f"{dataset}: all classes seen")
@@ -63,9 +48,8 @@ def written(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
     return out.getvalue()
 
 
-def style(dark: bool) -> dict[Any, Any]:
-    """Settings that all plots share."""
-    ink = "#e8e8e8" if dark else "#222222"
+def style(ink: str = "#222222") -> dict[Any, Any]:
+    """Settings that all plots share; ``ink`` is the colour of text and axes."""
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return {
         **dict.fromkeys(names, ink),
@@ -94,7 +78,13 @@ def _dataset(overall: Axes, split: Axes, runs: "list[Run]") -> None:
         axes.set_xlim(-0.1, last + 0.1)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     if overall.get_legend_handles_labels()[0]:
-        overall.legend(loc="lower left", fontsize="small")
+        split.legend(
+            *overall.get_legend_handles_labels(),
+            loc="upper left",
+            bbox_to_anchor=(1, 1),
+            fontsize="x-small",
+            ncols=1 + len(methods) // 18,
+        )
 
 
 def points(runs: "Sequence[Run]", measure: Measure) -> list[Point]:

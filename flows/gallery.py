@@ -1,30 +1,33 @@
-"""The gallery page: the paper's Figure 4 for any run, as one HTML file that needs nothing beside it.
+"""Prompts and images epoch by epoch: the paper's Figure 4 for any run, bounded in pictures.
 
-For a few classes, a strip for each method: the same slots' images epoch by epoch, their prompt, and what the
-VLM made of them. Text from records (class names, prompts, captions) is escaped; pictures are embedded.
+For a few classes, a strip for each of a few methods: the same slots' images epoch by epoch, their prompt, and what
+the VLM made of them. Of a long run only the sets that are shown are read, each once, and of those only the lines
+of the classes that are shown.
 """
 
 import base64
 import io
+import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, TypeVar
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from flows.results import OURS, Run
 from tasks.records import AugmentedImage, Frozen, Level, Verdict
-from tasks.store import read_lines
+from tasks.store import StoreError
 
-if TYPE_CHECKING:
-    from flows.report import Row, Run
-
-CLASSES_PER_SESSION = 2
-CLASSES_PER_DATASET = 8
+CLASSES = 6  # of all datasets together, but at least one of each
+METHODS_SHOWN = 6  # of each dataset: ours and the ablation's first, see PREFERRED
+CARDS_PER_STRIP = 10
 IMAGES_PER_CARD = 3
-CARDS_PER_STRIP = 24
-SIDE = 160  # pixels; larger images are made smaller before they are embedded
+SIDE = 96  # pixels; larger images are made smaller before they are embedded
+PICTURE_BYTES = 3_500  # of an embedded picture, about; so all of them together stay below 5 MB
+PREFERRED = (OURS, "sd_vlm", "vlm", "fixed_sd", "first", "random")
+
+Line = TypeVar("Line", AugmentedImage, Verdict)
 
 
 class Picture(Frozen):
@@ -63,7 +66,7 @@ class Strip(Frozen):
 
 
 class ShownClass(Frozen):
-    """One class of one dataset with all methods that drew images for it."""
+    """One class of one dataset with the methods that drew images for it."""
 
     dataset: str
     name: str
@@ -71,142 +74,183 @@ class ShownClass(Frozen):
     strips: tuple[Strip, ...]
 
 
-class DrawnSet(Frozen):
-    """One set A_k of a run: its rows and the verdicts on it, by image id."""
+class SetPlace(Frozen):
+    """Where one set A_k of a run lies, and where the verdicts on it would be. ``epoch`` is k."""
 
     session: int
     epoch: int
-    images: Path
-    rows: tuple[AugmentedImage, ...]
+    folder: Path
+    judged: Path
+
+
+class DrawnSet(Frozen):
+    """What one set holds of the classes asked for: images by class and slot, verdicts by image id."""
+
+    place: SetPlace
+    images: dict[str, dict[str, AugmentedImage]]
     verdicts: dict[str, Verdict]
 
-    def of_class(self, name: str) -> dict[str, AugmentedImage]:
-        """The class's images by slot."""
-        return {row.slot: row for row in self.rows if _class_name(row) == name}
+
+# ------------------------------------------------------------------------------------------ choosing
 
 
-def page(
-    runs: "Sequence[Run]", rows: "Sequence[Row]", sentences: Sequence[str], charts: Mapping[str, bytes]
-) -> str:
-    """Render the page.
-
-    Args:
-        runs: runs in the table's order.
-        rows: the table.
-        sentences: comparisons, in words.
-        charts: the curves as ``flows.curves.charts`` draws them.
-    """
-    from flows.report import HEADINGS, NOTE
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("gallery.html.jinja").render(
-        headings=HEADINGS,
-        rows=[row.texts for row in rows],
-        note=NOTE,
-        sentences=sentences,
-        curves={name: _uri(chart, "image/svg+xml") for name, chart in charts.items()},
-        classes=shown_classes(runs),
-    )
-
-
-def shown_classes(runs: "Sequence[Run]") -> list[ShownClass]:
-    """Pick a few classes of each dataset and collect every method's strip, from its lowest seed."""
-    found: list[ShownClass] = []
-    for dataset in dict.fromkeys(run.dataset for run in runs):
-        sets = {run.method: (run, drawn_sets(run.folder)) for run in reversed(runs) if run.dataset == dataset}
-        sets = {method: sets[method] for method in reversed(sets) if sets[method][1]}
-        for name, session in pick_classes([drawn for _, drawn in sets.values()]):
-            strips = [_strip(run, drawn, name) for run, drawn in sets.values()]
-            strips = [strip for strip in strips if strip.cards]
-            found.append(ShownClass(dataset=dataset, name=name, session=session, strips=tuple(strips)))
-    return found
-
-
-def drawn_sets(folder: Path) -> list[DrawnSet]:
-    """All sets of a run, session by session and epoch by epoch.
+def shown_classes(runs: Sequence[Run]) -> list[ShownClass]:
+    """Pick a few classes and methods of each dataset and collect their strips, each from a method's lowest seed.
 
     Raises:
-        StoreError: a manifest or verdict file does not parse.
+        StoreError: a line of a manifest or a verdict file does not parse.
     """
-    found = []
-    for session in sorted(folder.glob("session-*")):
-        places = [(0, session / "initial")]
-        places += [(_number(epoch) + 1, epoch) for epoch in sorted(session.glob("epoch-*"))]
-        for epoch, place in places:
-            if (place / "manifest.jsonl").is_file():
-                found.append(_drawn_set(session, epoch, place))
+    datasets = list(dict.fromkeys(run.dataset for run in runs))
+    each = max(1, CLASSES // len(datasets))
+    found: list[ShownClass] = []
+    for dataset in datasets:
+        chosen = pick_methods([run for run in runs if run.dataset == dataset])
+        ours_first = sorted(chosen, key=lambda run: run.method != OURS)
+        classes = pick_classes([set_places(run.folder) for run in ours_first[:2]], each)
+        strips = {run.method: _strips(run, classes) for run in chosen}
+        for name, session in classes:
+            kept = tuple(strips[run.method][name] for run in chosen if strips[run.method][name].cards)
+            found.append(ShownClass(dataset=dataset, name=name, session=session, strips=kept))
     return found
 
 
-def _drawn_set(session: Path, epoch: int, place: Path) -> DrawnSet:
-    judged = session / f"epoch-{epoch:03d}" / "verdicts.jsonl"
-    verdicts = read_lines(judged, Verdict) if judged.is_file() else []
-    return DrawnSet(
-        session=_number(session),
-        epoch=epoch,
-        images=place / "images",
-        rows=tuple(read_lines(place / "manifest.jsonl", AugmentedImage)),
-        verdicts={verdict.augmented_id: verdict for verdict in verdicts},
-    )
+def pick_methods(runs: Sequence[Run]) -> list[Run]:
+    """The lowest seed of each method that drew images; a few methods, in the order of the runs."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        if run.method not in first and set_places(run.folder):
+            first[run.method] = run
+    wanted = [method for method in PREFERRED if method in first]
+    wanted += [method for method in first if method not in PREFERRED]
+    return [run for method, run in first.items() if method in wanted[:METHODS_SHOWN]]
+
+
+def set_places(folder: Path) -> list[SetPlace]:
+    """All sets of a run, session by session and epoch by epoch; nothing is read."""
+    found = []
+    for session in sorted(folder.glob("session-*"), key=_number):
+        epochs = sorted(session.glob("epoch-*"), key=_number)
+        for epoch, place in [(0, session / "initial"), *((_number(path) + 1, path) for path in epochs)]:
+            if (place / "manifest.jsonl").is_file():
+                judged = session / f"epoch-{epoch:03d}" / "verdicts.jsonl"
+                found.append(SetPlace(session=_number(session), epoch=epoch, folder=place, judged=judged))
+    return found
 
 
 def _number(folder: Path) -> int:
     return int(folder.name.rsplit("-", 1)[1])
 
 
-def _class_name(row: AugmentedImage) -> str:
-    return row.path.split("/", 1)[0]
+def pick_classes(runs: Sequence[Sequence[SetPlace]], most: int) -> list[tuple[str, int]]:
+    """Classes to show and the session that brought each: of every session in turn, those whose prompts changed most.
 
-
-def pick_classes(runs: Sequence[Sequence[DrawnSet]]) -> list[tuple[str, int]]:
-    """Classes to show and the session that brought each: of a session those whose prompts changed most."""
+    Only the first and the last set of a session are looked at, and of a class those of its own session.
+    """
     first: dict[str, tuple[int, int]] = {}
     prompts: dict[str, set[str]] = defaultdict(set)
-    for drawn in runs:
-        for one in drawn:
-            for row in one.rows:
-                name = _class_name(row)
-                first[name] = min(first.get(name, (one.session, row.label)), (one.session, row.label))
+    for place in (place for places in runs for place in ends(places)):
+        for row in read_some(place.folder / "manifest.jsonl", AugmentedImage, None):
+            name = _class_name(row)
+            first[name] = min(first.get(name, (place.session, row.label)), (place.session, row.label))
+            if place.session == first[name][0]:
                 prompts[name].add(row.prompt)
-    taken: dict[int, list[str]] = defaultdict(list)
+    by_session: dict[int, list[str]] = defaultdict(list)
     for name in sorted(first, key=lambda name: (-len(prompts[name]), first[name])):
-        if len(taken[first[name][0]]) < CLASSES_PER_SESSION:
-            taken[first[name][0]].append(name)
-    chosen = sorted((name for names in taken.values() for name in names), key=first.__getitem__)
-    return [(name, first[name][0]) for name in chosen[:CLASSES_PER_DATASET]]
+        by_session[first[name][0]].append(name)
+    turns = sorted((turn, session) for session, names in by_session.items() for turn in range(len(names)))
+    chosen = [by_session[session][turn] for turn, session in turns[:most]]
+    return [(name, first[name][0]) for name in sorted(chosen, key=first.__getitem__)]
+
+
+def ends(places: Sequence[SetPlace]) -> list[SetPlace]:
+    """The first and the last set of each session."""
+    last = {place.session: place for place in places}
+    first = {place.session: place for place in reversed(places)}
+    return [place for place in places if place in (first[place.session], last[place.session])]
+
+
+Item = TypeVar("Item")
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """All items if they are few; else the first half of as many as fit, and the last of equal parts of the rest."""
+    if len(items) <= most:
+        return list(items)
+    front = most // 2
+    rest, parts = items[front:], most - front
+    return [*items[:front], *(rest[len(rest) * (n + 1) // parts - 1] for n in range(parts))]
+
+
+def fitting(places: Sequence[SetPlace], session: int) -> list[SetPlace]:
+    """A class's sets to show: of those of its own session and the last of each later one, as many as fit."""
+    last = {place.session: place for place in places}
+    own = [place for place in places if place.session == session]
+    return spread([*own, *(place for later, place in last.items() if later > session)], CARDS_PER_STRIP)
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def read_some(path: Path, kind: type[Line], having: Collection[str] | None) -> Iterator[Line]:
+    """The lines of a file that contain one of some texts, or all of them; the others are not parsed.
+
+    Raises:
+        StoreError: such a line does not parse; the message names the file and the line.
+    """
+    if not path.is_file():
+        return
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+        if line and (having is None or any(text in line for text in having)):
+            try:
+                yield kind.model_validate_json(line)
+            except ValueError as error:
+                raise StoreError(f"{path}, line {number}, is not a {kind.__name__}: {error}") from error
+
+
+def drawn_set(place: SetPlace, classes: Collection[str]) -> DrawnSet:
+    """Read what a set holds of some classes."""
+    images: dict[str, dict[str, AugmentedImage]] = {name: {} for name in classes}
+    written = [json.dumps(name, ensure_ascii=False)[1:-1] for name in classes]
+    for row in read_some(place.folder / "manifest.jsonl", AugmentedImage, written):
+        if (name := _class_name(row)) in images:
+            images[name][row.slot] = row
+    ids = {row.id for rows in images.values() for row in rows.values()}
+    labels = {f'"label":{row.label},' for rows in images.values() for row in rows.values()}
+    judged = (verdict for verdict in read_some(place.judged, Verdict, labels) if verdict.augmented_id in ids)
+    return DrawnSet(
+        place=place, images=images, verdicts={verdict.augmented_id: verdict for verdict in judged}
+    )
+
+
+def _class_name(row: AugmentedImage) -> str:
+    return row.path.split("/", 1)[0]
 
 
 # ------------------------------------------------------------------------------------------ strips
 
 
-def _strip(run: "Run", drawn: Sequence[DrawnSet], name: str) -> Strip:
-    sets = fitting([one for one in drawn if one.of_class(name)])
-    cards = tuple(_cards(sets, name))
-    return Strip(method=run.method, seed=run.seed, finished=run.record is not None, cards=cards)
-
-
-def fitting(sets: list[DrawnSet]) -> list[DrawnSet]:
-    """All sets if they are few; else those of the class's own session and the last of each later one."""
-    if len(sets) <= CARDS_PER_STRIP:
-        return sets
-    last = {one.session: one for one in sets}
-    own = [one for one in sets if one.session == sets[0].session]
-    return (own + [one for session, one in last.items() if session != sets[0].session])[:CARDS_PER_STRIP]
+def _strips(run: Run, classes: Sequence[tuple[str, int]]) -> dict[str, Strip]:
+    """A run's strip of each class; each set is read once for all of them."""
+    places = set_places(run.folder)
+    wanted: dict[SetPlace, list[str]] = {}
+    for name, session in classes:
+        for place in fitting(places, session):
+            wanted.setdefault(place, []).append(name)
+    sets = {place: drawn_set(place, wanted[place]) for place in places if place in wanted}
+    strips = {}
+    for name, _ in classes:
+        own = [one for one in sets.values() if one.images.get(name)]
+        cards = tuple(_cards(own, name))
+        strips[name] = Strip(method=run.method, seed=run.seed, finished=run.record is not None, cards=cards)
+    return strips
 
 
 def _cards(sets: Sequence[DrawnSet], name: str) -> Iterator[Card]:
     before = ""
     for one in sets:
-        members = one.of_class(name)
-        slots = lead_slots([other for other in sets if other.session == one.session], name)
-        rows = [members[slot] for slot in slots if slot in members]
-        card = _card(one, rows, before)
+        members = one.images[name]
+        slots = lead_slots([other for other in sets if other.place.session == one.place.session], name)
+        card = _card(one, [members[slot] for slot in slots if slot in members], before)
         before = card.prompt
         yield card
 
@@ -216,7 +260,7 @@ def lead_slots(sets: Sequence[DrawnSet], name: str) -> list[str]:
     prompts: dict[str, set[str]] = defaultdict(set)
     judged: dict[str, int] = defaultdict(int)
     for one in sets:
-        for slot, row in one.of_class(name).items():
+        for slot, row in one.images[name].items():
             prompts[slot].add(row.prompt)
             verdict = one.verdicts.get(row.id)
             judged[slot] += 0 if verdict is None else 1 + (verdict.inherited_from is None)
@@ -228,9 +272,9 @@ def _card(drawn: DrawnSet, rows: Sequence[AugmentedImage], before: str) -> Card:
     verdict = drawn.verdicts.get(lead.id)
     decisive = sorted(verdict.comparisons, key=lambda c: c.answer != "different")[:1] if verdict else []
     return Card(
-        session=drawn.session,
-        epoch=drawn.epoch,
-        pictures=tuple(_picture(drawn, row) for row in rows),
+        session=drawn.place.session,
+        epoch=drawn.place.epoch,
+        pictures=tuple(_picture(drawn.place, row) for row in rows),
         prompt=lead.prompt,
         rewritten=bool(before) and lead.prompt != before,
         level=verdict.level if verdict else "none",
@@ -240,23 +284,27 @@ def _card(drawn: DrawnSet, rows: Sequence[AugmentedImage], before: str) -> Card:
     )
 
 
-def _picture(drawn: DrawnSet, row: AugmentedImage) -> Picture:
-    alt = f"Generated {_class_name(row)}, session {drawn.session}, epoch {drawn.epoch}: {row.prompt}"
-    return Picture(uri=embedded(drawn.images / row.path), alt=alt)
+def _picture(place: SetPlace, row: AugmentedImage) -> Picture:
+    alt = f"Generated {_class_name(row)}, session {place.session}, epoch {place.epoch}: {row.prompt}"
+    return Picture(uri=embedded(place.folder / "images" / row.path), alt=alt)
 
 
 def embedded(path: Path) -> str:
-    """A PNG as a data URI, as it is if small, else scaled down to ``SIDE`` pixels and packed as WebP."""
+    """A picture as a data URI: as it is if small, else scaled down to ``SIDE`` pixels and packed as WebP."""
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
-        if max(image.size) <= SIDE:
-            return _uri(data, "image/png")
+        if max(image.size) <= SIDE and len(data) <= PICTURE_BYTES:
+            return data_uri(data, "image/png")
         small = image.convert("RGB")
         small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    small.save(out, "WEBP", quality=82)
-    return _uri(out.getvalue(), "image/webp")
+    for quality in (80, 55, 30):
+        out = io.BytesIO()
+        small.save(out, "WEBP", quality=quality)
+        if out.tell() <= PICTURE_BYTES:
+            break
+    return data_uri(out.getvalue(), "image/webp")
 
 
-def _uri(data: bytes, kind: str) -> str:
+def data_uri(data: bytes, kind: str) -> str:
+    """Bytes as an address that holds them."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -22,9 +22,10 @@ from flows.config import ExperimentConfig, WindowsConfig, load_windows, stored_c
 from flows.experiment import Split
 from flows.measures import real_measure, set_measure, tuning_measure
 from flows.reading import knows
-from flows.report import Run, collect, table
+from flows.results import Run, collect
 from flows.study_page import Place, RealRow, SetRow, Study, TuningRow, changes, lines, page
 from flows.study_plots import draw_study
+from flows.tables import table
 from flows.windows import WindowsMeasure, measure_windows
 from tasks.context import EpochContext
 from tasks.loading import generator_digest

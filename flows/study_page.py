@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
 from flows.measures import LOOKS, ContrastChange, RealMeasure, SetMeasure, TuningMeasure
-from flows.report import HEADINGS, METHODS, Row, Statistic
+from flows.results import METHODS
+from flows.tables import HEADINGS, Row, Statistic
 from flows.windows import NOTE, WindowsMeasure, advice, windows_table
 from tasks.records import Frozen
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from flows.curves import COLOURS, style, written
 
 if TYPE_CHECKING:
-    from flows.report import Statistic
+    from flows.tables import Statistic
     from flows.windows import WindowsMeasure
 
 Kind = Literal["png", "svg"]
@@ -24,7 +24,7 @@ Bars = Mapping[tuple[str, str], tuple["Statistic", "Statistic"]]
 def draw_windows(measure: "WindowsMeasure", kind: Kind) -> bytes:
     """One panel by distance, and one by the judge's reading if there is one."""
     read = any(settling.read for settling in measure.settlings)
-    with rc_context(style(dark=False)):
+    with rc_context(style()):
         figure = Figure(figsize=(9.6 if read else 5.4, 3.8), layout="constrained")
         panels = figure.subplots(1, 2 if read else 1, squeeze=False)[0]
         settling_panel(panels[0], measure, read=False)
@@ -73,7 +73,7 @@ def draw_study(
         windows: the premise, measured for the runs' generator; None leaves its panel empty.
         kind: file format.
     """
-    with rc_context(style(dark=False)):
+    with rc_context(style()):
         figure = Figure(figsize=(9.6, 7.2), layout="constrained")
         a, c, b, e = figure.subplots(2, 2).flatten().tolist()
         _lines(a, {m: _scaled(line) for m, line in shares.items()})

@@ -124,7 +124,7 @@ def test_the_project_names_no_path_of_a_machine() -> None:
     text_files = [
         p
         for p in ROOT.rglob("*")
-        if p.suffix in {".py", ".md", ".toml", ".yaml", ".txt", ".jinja"}
+        if p.suffix in {".py", ".md", ".toml", ".yaml", ".txt", ".jinja", ".css", ".js"}
         and not any(part in {".venv", ".git", ".fscil", "runs", "reports", "data"} for part in p.parts)
     ]
     assert [p.name for p in text_files if any(mark in p.read_text("utf-8") for mark in marks)] == []

@@ -11,7 +11,7 @@ from flows.__main__ import main
 from flows.config import ConfigError, load_config, stored_config
 from flows.measures import ContrastChange, SetMeasure, TuningMeasure, class_distance, contrast, matching
 from flows.reading import features
-from flows.report import collect
+from flows.results import collect
 from flows.study import build_study, measure
 from flows.study_page import Place, SetRow, Study, TuningRow, changes, lines, page
 from tasks.diffusion.tuning import TuningExample
