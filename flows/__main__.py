@@ -126,7 +126,7 @@ def _report(arguments: Sequence[str]) -> int:
     from flows.report import build
 
     if len(arguments) > 3:
-        return _fail(
+        return fail(
             ValueError("report takes up to three folders: fscil report [runs [reports [.fscil]]]"), EXIT_USAGE
         )
     runs, out, state = (Path(name) for name in (*arguments, *("runs", "reports", ".fscil")[len(arguments) :]))
