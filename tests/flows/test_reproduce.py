@@ -84,6 +84,10 @@ def test_a_fresh_clone_builds_the_tables_and_a_second_time_does_nothing(reproduc
     assert ran(run(reproduced, "dvc", "repro")) == []
     cell = json.loads((reproduced / "reports" / "cells" / "digits" / "fixed_sd" / "seed-0.json").read_text())
     assert cell["images"] > 0
+    metrics = run(reproduced, "dvc", "metrics", "show", "--json")
+    assert "fixed_sd" in metrics
+    assert "novel" in metrics
+    assert "index.html" in run(reproduced, "dvc", "plots", "show")
 
 
 def test_each_run_has_a_pointer_that_dvc_agrees_with(reproduced: Path) -> None:
