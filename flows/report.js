@@ -115,6 +115,36 @@ function line(kind, texts) {
   return row;
 }
 
+// A dot for each seed, the mean with its standard error below them, and where no difference would be.
+function plot(differences, mean, error) {
+  const width = 420, height = 74, margin = 24;
+  const ends = [0, ...differences, mean - error, mean + error].filter(Number.isFinite);
+  const low = Math.min(...ends), span = Math.max(...ends) - low || 1;
+  const x = (value) => (margin + ((value - low) / span) * (width - 2 * margin)).toFixed(1);
+  const shapes = [
+    ["line", { x1: x(0), x2: x(0), y1: 4, y2: 56, class: "zero" }],
+    ...differences.map((value) => ["circle", { cx: x(value), cy: 20, r: 5, class: "seed" }]),
+    ["line", { x1: x(mean - (error || 0)), x2: x(mean + (error || 0)), y1: 44, y2: 44, class: "error" }],
+    ["circle", { cx: x(mean), cy: 44, r: 6, class: "mean" }],
+  ];
+  const hidden = "true"; // from readers aloud: the sentence and the table say the same
+  const drawing = element("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": hidden });
+  for (const [name, attributes] of shapes) drawing.append(element(name, attributes));
+  const labels = Math.abs(x(mean) - x(0)) < 40 ? [] : [[0, "0"]]; // not one over the other
+  for (const [value, text] of [...labels, [mean, signed(mean)]]) {
+    const label = element("text", { x: x(value), y: 69, "text-anchor": "middle" });
+    label.textContent = text;
+    drawing.append(label);
+  }
+  return drawing;
+}
+
+function element(name, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
+}
+
 function compare() {
   const [dataset, first, second, measure] = ["dataset", "first", "second", "measure"].map((name) => form.elements[name].value);
   const more = values[dataset]?.[first]?.[measure] ?? {};
@@ -128,6 +158,8 @@ function compare() {
     ...seeds.map((seed, place) =>
       line("body", [seed, more[seed].toFixed(1), less[seed].toFixed(1), signed(differences[place])])),
   );
+  const drawn = result.querySelector(".plot");
+  drawn.replaceChildren();
   if (!seeds.length) {
     said.textContent = `${first} and ${second} have no finished seed in common on ${dataset}.`;
     return;
@@ -138,6 +170,7 @@ function compare() {
   const spread = seeds.length > 1
     ? ` \u00b1 ${error.toFixed(1)} percentage points (mean \u00b1 standard error over ${seeds.length} seeds)`
     : " percentage points (1 seed, so no standard error)";
+  drawn.append(plot(differences, mean, error));
   said.textContent = `${measure} of ${first} \u2212 ${second}: ${signed(mean)}${spread}`;
 }
 

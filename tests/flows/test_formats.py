@@ -109,6 +109,16 @@ def test_sessions_are_a_line_each_also_of_an_unfinished_run(tmp_path: Path) -> N
     ]
 
 
+def test_the_plots_template_speaks_of_columns_that_are_there(tmp_path: Path) -> None:
+    fabricate_run(tmp_path, sealed_sessions=1)
+    head = sessions_csv(collect(tmp_path / "runs", tmp_path / "state")).splitlines()[0].split(",")
+    text = (Path(__file__).resolve().parents[2] / ".dvc" / "plots" / "methods.json").read_text("utf-8")
+    fields = set(re.findall(r'"field": "([^"]+)"', text))
+    assert fields == {"dataset", "method", "rev", "<DVC_METRIC_X>", "<DVC_METRIC_Y>"}  # rev is DVC's own
+    assert {"dataset", "method", "session", "accuracy", "base", "novel"} <= set(head)
+    assert json.loads(text)["data"] == {"values": "<DVC_METRIC_DATA>"}
+
+
 def test_metrics_are_means_in_percent(tmp_path: Path) -> None:
     two_methods(tmp_path)
     fabricate_run(tmp_path, method="cec", sealed_sessions=1)

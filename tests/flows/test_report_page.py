@@ -300,6 +300,10 @@ def test_two_methods_are_compared_seed_by_seed(browser: Browser, report: Path) -
     assert browser.value(verdict) == (
         f"A_last of guided \N{MINUS SIGN} finetune: {told[1]} percentage points (mean ± standard error over 2 seeds)"
     )
+    assert browser.value("document.querySelectorAll('.plot .seed').length") == 2
+    drawn = "document.querySelector('.plot svg').getBoundingClientRect()"
+    inside = f"[...document.querySelectorAll('.plot circle')].every((c) => c.getBoundingClientRect().x >= {drawn}.x)"
+    assert browser.value(inside)
     browser.value("document.querySelector('select[name=first]').focus()")
     browser.press("f", 70, text="f")  # typing chooses: finetune
     assert "A_last of finetune \N{MINUS SIGN} finetune: +0.0 ± 0.0" in browser.value(verdict)
@@ -308,6 +312,9 @@ def test_two_methods_are_compared_seed_by_seed(browser: Browser, report: Path) -
     assert open_tabs(browser, "dataset") == {"digits"}
     rows = "[...document.querySelectorAll('#difference tbody tr')].map((row) => row.children[0].textContent)"
     assert browser.value(rows) == ["0", "1"]
+    assert browser.value("[...document.querySelectorAll('.plot text')].map((text) => text.textContent)") == [
+        "+0.0"
+    ]
     assert complaints(browser) == []
 
 
