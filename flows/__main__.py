@@ -2,7 +2,8 @@
 
     fscil dataset=digits method=guided seed=0 [any Hydra override ...]
     fscil dataset=digits method=finetune,fixed_sd,guided seed=0,1,2      every combination, one after another
-    fscil replay runs/digits/guided/seed-0/session-00/epoch-000          draw an epoch again and compare
+    fscil replay runs/digits/guided/seed-0/session-00/epoch-000          run an epoch's stages again and compare
+          [--stages mine,compare] [--json]; or a run or MLflow run id with --session 0 --epoch 0|initial|test
     fscil report                                                         tables, curves and the gallery
     fscil study [--runs runs] [--out reports] [--state .fscil]           what the method does, measured on sealed runs
     fscil windows [generator=... windows=... any Hydra override ...]     which denoising step settles what
@@ -141,19 +142,22 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _replay(arguments: Sequence[str]) -> int:
-    from flows.replay import replay
+    from flows.replay import lines, replay
 
-    if len(arguments) != 1:
-        return _fail(
-            ValueError("replay takes one epoch folder: fscil replay runs/.../session-00/epoch-000"),
-            EXIT_USAGE,
-        )
+    parser = argparse.ArgumentParser("fscil replay", description="Run sealed stages again and compare.")
+    parser.add_argument("what", help="an epoch's folder, or a run: folder, key or MLflow run id")
+    parser.add_argument("--session", type=int, help="of a run")
+    parser.add_argument("--epoch", help="of a run: its number, initial or test")
+    parser.add_argument("--stages", default="all", help="such as mine,compare; all that ran by default")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("places", nargs="*", help="where things are here, such as dataset.root=data/digits")
+    given = parser.parse_intermixed_args(arguments)
     try:
         with prefect_server():
-            report = replay(Path(arguments[0]))
+            report = replay(given.what, given.session, given.epoch, given.stages, given.places)
     except _known_errors() as error:
         return _fail(error, EXIT_USAGE)
-    print(report.sentence())
+    print(report.model_dump_json(indent=1) if given.json else "\n".join(lines(report)))
     return 0 if report.equal else EXIT_FAILED
 
 
@@ -249,7 +253,7 @@ def _written(write: Callable[[], list[Path]]) -> int:
 def _known_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is for the user; anything else is a fault of ours and keeps its traceback."""
     from flows.experiment import RunError
-    from flows.replay import ReplayError
+    from flows.rerun import ReplayError
     from tasks.store import StoreError
     from tasks.vlm.transport import VlmError
 
