@@ -2,7 +2,10 @@
 
     fscil dataset=digits method=guided seed=0 [any Hydra override ...]
     fscil dataset=digits method=finetune,fixed_sd,guided seed=0,1,2      every combination, one after another
-    fscil replay runs/digits/guided/seed-0/session-00/epoch-000          draw an epoch again and compare
+    fscil replay runs/digits/guided/seed-0/session-00/epoch-000          run an epoch's stages again and compare
+          [--stages mine,compare] [--json]; or a run or MLflow run id with --session 0 --epoch 0|initial|test
+    fscil trace runs/.../images/one/001-0000.png [--json]                where an image or adapter comes from; also an
+                                                                         image id, a digest, digits/guided/A_last
     fscil report [runs [reports [.fscil]]]                               tables, plot data and the report page
     fscil study [--runs runs] [--out reports] [--state .fscil]           what the method does, measured on sealed runs
     fscil windows [generator=... windows=... any Hydra override ...]     which denoising step settles what
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0 if arguments else EXIT_USAGE
     quieten()
-    commands = {"replay": _replay, "report": _report, "study": _study, "windows": _windows}
+    commands = {"replay": _replay, "trace": _trace, "report": _report, "study": _study, "windows": _windows}
     commands |= {"learners": _learners, "up": _up, "down": _down}
     commands |= {"data": data, "settings": settings, "cell": cell, "profile": profile}
     commands |= {"restore": restore, "gc": gc}
@@ -106,20 +109,50 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _replay(arguments: Sequence[str]) -> int:
-    from flows.replay import replay
+    from flows.replay import lines, replay
 
-    if len(arguments) != 1:
-        return fail(
-            ValueError("replay takes one epoch folder: fscil replay runs/.../session-00/epoch-000"),
-            EXIT_USAGE,
-        )
+    parser = argparse.ArgumentParser("fscil replay", description="Run sealed stages again and compare.")
+    parser.add_argument("what", help="an epoch's folder, or a run: folder, key or MLflow run id")
+    parser.add_argument("--session", type=int, help="of a run")
+    parser.add_argument("--epoch", help="of a run: its number, initial or test")
+    parser.add_argument("--stages", default="all", help="such as mine,compare; all that ran by default")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("places", nargs="*", help="where things are here, such as dataset.root=data/digits")
+    given = parser.parse_intermixed_args(arguments)
     try:
         with prefect_server():
-            report = replay(Path(arguments[0]))
+            report = replay(given.what, given.session, given.epoch, given.stages, given.places)
     except known_errors() as error:
         return fail(error, EXIT_USAGE)
-    print(report.sentence())
+    print(report.model_dump_json(indent=1) if given.json else "\n".join(lines(report)))
     return 0 if report.equal else EXIT_FAILED
+
+
+def _trace(arguments: Sequence[str]) -> int:
+    from rich.console import Console
+
+    from flows.trace import trace
+    from flows.trace_text import lines, nodes, tree
+
+    parser = argparse.ArgumentParser(
+        "fscil trace", description="From an image or a number back to what made it."
+    )
+    parser.add_argument("what", help="a file of a run, an image id, a digest, or dataset/method/column")
+    parser.add_argument("--json", action="store_true", help="print it as JSON (flows/trace_shape.py)")
+    for name, place in (("runs", "runs"), ("state", ".fscil")):
+        parser.add_argument(f"--{name}", type=Path, default=Path(place), help=f"folder, {place} by default")
+    given = parser.parse_args(arguments)
+    try:
+        found = trace(given.what, given.runs, given.state)
+    except known_errors() as error:
+        return fail(error, EXIT_USAGE)
+    if given.json:
+        print(found.model_dump_json(indent=1))
+    elif (shown := Console()).is_terminal:
+        shown.print(tree(nodes(found)))
+    else:
+        print("\n".join(lines(nodes(found))))
+    return 0
 
 
 def _report(arguments: Sequence[str]) -> int:

@@ -75,7 +75,7 @@ def _listens(url: str) -> bool:
 def known_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is for the user; anything else is a fault of ours and keeps its traceback."""
     from flows.experiment import RunError
-    from flows.replay import ReplayError
+    from flows.rerun import ReplayError
     from tasks.store import StoreError
     from tasks.vlm.transport import VlmError
 

@@ -38,6 +38,14 @@ from tasks.vlm.zero_shot import ZeroShotSettings
 PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
 
+PLACES = {
+    "dataset.root": ("dataset.root",),
+    "dataset.splits": ("dataset.splits",),
+    "generator.path": ("generator.path",),
+    "classifier.checkpoint": ("classifier.checkpoint", "learner.backbone.checkpoint"),
+}
+"""Settings that say where data and weights are, and which fields each sets."""
+
 _COMPOSING = threading.Lock()  # Hydra's global state is not thread-safe
 
 
@@ -168,6 +176,43 @@ def stored_config(folder: Path) -> ExperimentConfig:
     raise ConfigError(
         f"no config.json in or above {folder}; give a folder below runs/<dataset>/<method>/seed-<n>"
     )
+
+
+def config_here(folder: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """The settings that a run was made with, and where its data and weights are on this machine.
+
+    Args:
+        folder: a run's folder or one below it.
+        overrides: ``runtime.``, ``tracking.`` and :data:`PLACES` alone, such as ``dataset.root=data/digits``. Without
+            one, data that are not where they were are looked for where this checkout has them.
+
+    Raises:
+        ConfigError: as :func:`stored_config`, or an override of something else.
+    """
+    config = stored_config(folder)
+    ours = [override for override in overrides if override.startswith(("runtime", "tracking"))]
+    today, values = load_config(ours), config.model_dump()
+    values |= {"runtime": today.runtime.model_dump(), "tracking": today.tracking.model_dump()}
+    if not config.dataset.root.is_dir() and config.dataset.name in choices("dataset"):
+        usual = load_config([f"dataset={config.dataset.name}"]).dataset
+        values["dataset"] |= {
+            name: getattr(usual, name) for name in ("root", "splits") if name in values["dataset"]
+        }
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if override in ours:
+            continue
+        if name not in PLACES:
+            raise ConfigError(
+                f"{override!r} would change what was recorded; only runtime., tracking. and {', '.join(PLACES)} "
+                "may differ on another machine"
+            )
+        for group in PLACES[name]:
+            part = values
+            for key in group.split(".")[:-1]:
+                part = part[key]
+            part[group.rpartition(".")[2]] = value
+    return _validated(ExperimentConfig, values)
 
 
 def _composed(primary: str, model: type[Settings], overrides: Sequence[str]) -> Settings:

@@ -24,17 +24,22 @@ def provenance(
     config: Mapping[str, object], *, data_digest: str, weights: Mapping[str, str], command: tuple[str, ...]
 ) -> Provenance:
     """Describe the code and its inputs as they are now."""
-    text = json.dumps(canonical(config), sort_keys=True)
     commit, dirty = _git_state()
     return Provenance(
         git_commit=commit,
         git_dirty=dirty,
         packages=_versions(),
-        config_digest=hashlib.sha256(text.encode()).hexdigest(),
+        config_digest=config_digest(config),
         data_digest=data_digest,
         weights_digests=dict(weights),
         command=command,
     )
+
+
+def config_digest(config: Mapping[str, object]) -> str:
+    """The identity of an experiment's settings, as they stand in its config.json."""
+    text = json.dumps(canonical(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)

@@ -14,15 +14,18 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from flows import services
 from flows.config import load_config
 from flows.experiment import all_overrides, fscil, preflight
 from flows.services import Service
-from tests.conftest import QUICK, ROOT
+from tests.conftest import QUICK, ROOT, Place
 
 FILE = yaml.safe_load((ROOT / "prefect.yaml").read_text())
-DEPLOYMENTS = {entry["name"]: entry for entry in FILE["deployments"]}
+ALL = {entry["name"]: entry for entry in FILE["deployments"]}
+DEPLOYMENTS = {name: entry for name, entry in ALL.items() if name != "epoch"}
 SLEEP = (sys.executable, "-c", "import time; time.sleep(120)")
 
 
@@ -33,7 +36,7 @@ def overrides_of(name: str, *more: str) -> list[str]:
 
 def test_there_is_one_for_each_dataset() -> None:
     assert set(DEPLOYMENTS) == {"digits", "cub200", "cifar100", "miniimagenet", "imagefolder"}
-    assert {entry["work_pool"]["name"] for entry in DEPLOYMENTS.values()} == {services.POOL}
+    assert {entry["work_pool"]["name"] for entry in ALL.values()} == {services.POOL}
 
 
 @pytest.mark.parametrize("name", sorted(DEPLOYMENTS))
@@ -44,6 +47,30 @@ def test_its_entrypoint_imports_and_its_parameters_compose(name: str) -> None:
     config = load_config(overrides_of(name))
     assert config.dataset.name == name
     assert ("vit_b16" in str(DEPLOYMENTS[name])) == (config.generator.size == 512)
+
+
+def test_an_epoch_is_replayed_by_one_of_them(finished: Place) -> None:
+    module, _, attribute = ALL["epoch"]["entrypoint"].rpartition(".")
+    flow = getattr(import_module(module), attribute)
+    given = ALL["epoch"]["parameters"]
+    assert flow.name == "replay"
+    assert flow.validate_parameters(given)
+    folder = finished.run("guided") / "session-01" / "epoch-000"
+    chosen = {
+        "folder": str(folder),
+        "stages": "mine",
+        "overrides": [f"runtime.state={finished.root / 'state'}"],
+    }
+    state = flow(**given | chosen, return_state=True)
+    assert state.result().equal
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(state.state_details.flow_run_id)
+        shown = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+        )
+    assert run.name == "replay · digits/guided/seed-0 · session 1 · epoch 0"
+    assert [json.loads(one.data)[0]["outcome"] for one in shown if one.key == "replay"] == ["identical"]
+    assert "identical: 1 of 1 stages" in shown[0].description
 
 
 def test_overrides_win_over_the_other_parameters() -> None:
