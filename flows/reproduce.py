@@ -18,6 +18,7 @@ from tasks.datasets.benchmark import build_benchmark
 from tasks.datasets.digits import write_digits
 from tasks.records import ExperimentRecord, Frozen
 from tasks.store import write_json
+from tasks.versions import Versions
 
 PARAMS = PROJECT / "params.yaml"
 REPORTS = Path("reports")
@@ -76,8 +77,11 @@ def write_data(dataset: str, profile: Profile, out: Path = REPORTS) -> Path:
         ValueError: data that are missing or do not fit.
     """
     config = load_config([*profile.overrides, f"dataset={dataset}"])
+    root = Path(config.dataset.root)
     if config.dataset.name == "digits":
-        write_digits(Path(config.dataset.root))
+        write_digits(root)
+        if (versions := Versions.around(root)) is not None:
+            versions.copy_in(root.parent)  # so that `dvc push` finds what data.dvc names
     benchmark = build_benchmark(config.dataset, cache=config.runtime.state / "datasets")
     described = {
         "dataset": benchmark.dataset,

@@ -12,6 +12,8 @@ cache and to reach a remote.
 
 import json
 import os
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -90,6 +92,24 @@ class Versions:
             said = yaml.safe_dump({"outs": [out], "meta": dict(meta)}, sort_keys=False, allow_unicode=True)
             write_atomic(pointer, said)
         return digest
+
+    def copy_in(self, folder: Path) -> bool:
+        """Let the cache have a folder that its pointer names as it is, as copies, so that it may be changed later.
+
+        Returns:
+            Whether the pointer names the folder as it is now; another one is left to `dvc add`.
+        """
+        if not pointer_of(folder).is_file():
+            return False
+        digest = read_pointer(pointer_of(folder)).digest
+        if not self._object(digest).is_file():
+            if digest_of(folder) != digest:
+                return False
+            command = [sys.executable, "-m", "dvc", "commit", "--quiet", "--force", str(pointer_of(folder))]
+            done = subprocess.run(command, cwd=self.repository, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise StoreError(f"`dvc commit {pointer_of(folder)}` failed: {done.stderr.strip()}")
+        return True
 
     def _kept(self, file: Path) -> Digest:
         """The digest of a file that is in the cache from now on."""

@@ -194,3 +194,23 @@ def test_a_file_that_is_no_pointer(tmp_path: Path) -> None:
     path.write_text("outs: []\n")
     with pytest.raises(StoreError, match="no pointer of DVC"):
         read_pointer(path)
+
+
+def test_data_that_their_pointer_names_are_copied_in_and_others_are_left(here: Path) -> None:
+    data = here / "data"
+    data.mkdir()
+    (data / "one").write_text("1")
+    versions = Versions.around(data)
+    assert versions is not None
+    assert not versions.copy_in(data), "no pointer"
+    digest = digest_of(data)
+    (here / "data.dvc").write_text(
+        f"outs:\n- md5: {digest}\n  size: 1\n  nfiles: 1\n  hash: md5\n  path: data\n"
+    )
+    assert versions.copy_in(data)
+    assert len(objects(here)) == 2
+    assert (data / "one").stat().st_nlink == 1
+    assert "up to date" in dvc(here, "status")
+    (data / "two").write_text("2")
+    (here / "data.dvc").write_text((here / "data.dvc").read_text().replace(digest, "0" * 32 + ".dir"))
+    assert not versions.copy_in(data)

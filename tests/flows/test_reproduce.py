@@ -131,6 +131,8 @@ def test_pushed_here_restored_and_replayed_in_a_second_clone(reproduced: Path, t
     assert not (second / epoch).exists()
     assert "restored" in run(second, "fscil", "restore", images)
     assert digest_of(second / epoch / "images") == images
+    run(second, "dvc", "pull", "--quiet", "data.dvc")
+    assert len(list((second / "data" / "digits").rglob("*.png"))) == 5000
     run(second, "python", "-m", "flows", "restore", "digits/fixed_sd/seed-0")
     assert digest_of(second / "runs/digits/fixed_sd/seed-0") == digest_of(
         reproduced / "runs/digits/fixed_sd/seed-0"
