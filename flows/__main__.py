@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0 if arguments else EXIT_USAGE
-    quieten()
+    quieten("CRITICAL" if arguments[0] == "replay" else "WARNING")  # what a replay finds is its output
     commands = {"replay": _replay, "trace": _trace, "report": _report, "study": _study, "windows": _windows}
     commands |= {"learners": _learners, "up": _up, "down": _down}
     commands |= {"data": data, "settings": settings, "cell": cell, "profile": profile}
@@ -109,7 +109,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _replay(arguments: Sequence[str]) -> int:
-    from flows.replay import lines, replay
+    from flows.replay import lines, replay_report
 
     parser = argparse.ArgumentParser("fscil replay", description="Run sealed stages again and compare.")
     parser.add_argument("what", help="an epoch's folder, or a run: folder, key or MLflow run id")
@@ -121,7 +121,7 @@ def _replay(arguments: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(arguments)
     try:
         with prefect_server():
-            report = replay(given.what, given.session, given.epoch, given.stages, given.places)
+            report = replay_report(given.what, given.session, given.epoch, given.stages, given.places)
     except known_errors() as error:
         return fail(error, EXIT_USAGE)
     print(report.model_dump_json(indent=1) if given.json else "\n".join(lines(report)))

@@ -17,11 +17,11 @@ SERVER_START_S = 180
 console = Console(stderr=True)
 
 
-def quieten() -> None:
+def quieten(prefect_level: str = "WARNING") -> None:
     """Settings that Prefect, diffusers and transformers read when they are imported."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", prefect_level)
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -3,9 +3,10 @@
 Pictures are compared byte by byte, then by PSNR; weights byte by byte, then tensor by tensor; lists of rows by row.
 """
 
+import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,9 @@ SHOWN = 5
 """Rows of a file that a sentence names."""
 
 _KEYS = ("id", "image_id", "augmented_id", "centre", "key")
+_ONLY = {True: "only in the folder", False: "only in the rerun"}
+
+JsonRow = dict[str, object]
 
 
 class RowDifference(Frozen):
@@ -55,7 +59,8 @@ class FileDifference(Frozen):
         if self.what == "weights":
             return f"{self.file}: at most {self.largest:.2g} in {self.tensor} (relative {self.relative:.2g})"
         if self.what == "rows":
-            return f"{self.file}: {len(self.rows)} rows differ, {'; '.join(map(_row_sentence, self.rows[:SHOWN]))}"
+            count = "1 row differs" if len(self.rows) == 1 else f"{len(self.rows)} rows differ"
+            return f"{self.file}: {count}, {'; '.join(map(_row_sentence, self.rows[:SHOWN]))}"
         return f"{self.file}: {self.what}"
 
 
@@ -119,36 +124,48 @@ def _weights(name: str, old: Path, new: Path) -> FileDifference:
 
 
 def _rows(name: str, old: Path, new: Path) -> FileDifference:
-    a, b = _keyed(old), _keyed(new)
-    if not (a.keys() & b.keys()):  # keyed by different things, or nothing in common
-        a, b = _by_line(_read(old)), _by_line(_read(new))
-    rows = []
-    for key in dict.fromkeys([*a, *b]):
-        if key not in b or key not in a:
-            which = "only in the folder" if key in a else "only in the rerun"
-            rows.append(RowDifference(row=key, changes=(which,)))
-        elif changes := values_differ(a[key], b[key]):
-            rows.append(RowDifference(row=key, changes=tuple(changes)))
+    a, b = _read(old), _read(new)
+    key = next((key for key in _KEYS if _names(a, key) and _names(b, key)), None)
+    rows = tuple(_by_name(_names(a, key), _names(b, key)) if key else _by_line(a, b))
     note = None if rows else "the same rows in another order or spelling"
-    return FileDifference(file=name, what="rows", rows=tuple(rows), note=note)
+    return FileDifference(file=name, what="rows", rows=rows, note=note)
 
 
-def _read(file: Path) -> list[dict[str, object]]:
+def _read(file: Path) -> list[JsonRow]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def _keyed(file: Path) -> dict[str, dict[str, object]]:
-    """Rows by the first of their names that is there and unique, else by line."""
-    rows = _read(file)
-    for key in _KEYS:
-        names = [str(row.get(key)) for row in rows]
-        if all(key in row for row in rows) and len(set(names)) == len(rows):
-            return dict(zip(names, rows, strict=True))
-    return _by_line(rows)
+def _names(rows: Sequence[JsonRow], key: str) -> dict[str, JsonRow]:
+    """Rows by one of their fields; none where some lack it or share a value."""
+    named = {str(row.get(key)): row for row in rows}
+    return named if len(named) == len(rows) and all(key in row for row in rows) else {}
 
 
-def _by_line(rows: Sequence[dict[str, object]]) -> dict[str, dict[str, object]]:
-    return {f"line {number}": row for number, row in enumerate(rows, start=1)}
+def _by_name(old: Mapping[str, JsonRow], new: Mapping[str, JsonRow]) -> Iterator[RowDifference]:
+    for name in dict.fromkeys([*old, *new]):
+        if name not in old or name not in new:
+            yield RowDifference(row=name, changes=(_ONLY[name in old],))
+        elif changes := values_differ(old[name], new[name]):
+            yield RowDifference(row=name, changes=tuple(changes))
+
+
+def _by_line(old: Sequence[JsonRow], new: Sequence[JsonRow]) -> Iterator[RowDifference]:
+    """Rows without names, aligned so that one that was put in does not move all that follow."""
+    for what, a, a_end, b, b_end in _edits(old, new):
+        if what == "replace" and a_end - a == b_end - b:
+            for n in range(a_end - a):
+                changes = values_differ(old[a + n], new[b + n])
+                yield RowDifference(row=f"line {a + n + 1}", changes=tuple(changes))
+        elif what != "equal":
+            for line in range(a, a_end):
+                yield RowDifference(row=f"line {line + 1}", changes=(_ONLY[True],))
+            for line in range(b, b_end):
+                yield RowDifference(row=f"line {line + 1} of the rerun", changes=(_ONLY[False],))
+
+
+def _edits(old: Sequence[JsonRow], new: Sequence[JsonRow]) -> Sequence[tuple[str, int, int, int, int]]:
+    a, b = ([json.dumps(row, sort_keys=True) for row in rows] for rows in (old, new))
+    return difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
 
 
 # ------------------------------------------------------------------------------------------ values of a record

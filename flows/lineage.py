@@ -46,6 +46,7 @@ class RunFolder:
         """Args: root: the folder that holds config.json."""
         self.root = root
         self._epochs: dict[tuple[int, int], EpochRecord] = {}
+        self._places: list[tuple[int, int]] | None = None
 
     @classmethod
     def containing(cls, path: Path) -> Self:
@@ -92,12 +93,11 @@ class RunFolder:
         return read_record(file, Drawn) if file.is_file() else None
 
     def places(self) -> list[tuple[int, int]]:
-        """Session and epoch of every folder with a record, in the order of the run; nothing is read."""
-        files = [
-            *self.root.glob("session-*/epoch-*/record.json"),
-            *self.root.glob("session-*/initial/record.json"),
-        ]
-        return sorted(self.place(file.parent) for file in files)
+        """Session and epoch of every folder with a record, in the order of the run; listed once, nothing is read."""
+        if self._places is None:
+            names = ("session-*/epoch-*/record.json", "session-*/initial/record.json")
+            self._places = sorted(self.place(file.parent) for name in names for file in self.root.glob(name))
+        return self._places
 
     def back_from(self, session: int, epoch: int) -> Iterator[tuple[int, int]]:
         """Places up to and including this one, latest first."""

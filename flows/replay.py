@@ -14,13 +14,17 @@ from typing import Literal
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
+from prefect.states import Completed, Failed, State
 from pydantic import computed_field
 
 from flows.comparing import FileDifference, compare_files, files_of, values_differ
 from flows.config import ExperimentConfig, config_here, load_config
-from flows.lineage import STAGES, LineageError
+from flows.lineage import STAGES, LineageError, read_record
 from flows.rerun import TEST, Recorded, ReplayError, Rerun, read_recorded
-from tasks.records import ArtifactRef, Frozen, StageRecord
+from flows.restore import bring_back
+from tasks.diffusion.generator import GeneratorSettings
+from tasks.provenance import versions
+from tasks.records import ArtifactRef, Frozen, Provenance, StageRecord
 from tasks.store import Store, StoreError, artifacts_of
 from tasks.tracking import run_tags
 from tasks.vlm.transport import VlmError
@@ -69,7 +73,10 @@ class StageReport(Frozen):
 
 
 class ReplayReport(Frozen):
-    """What a replay found; the JSON of ``fscil replay --json``, whose shape ``format`` numbers."""
+    """What a replay found; the JSON of ``fscil replay --json``, whose shape ``format`` numbers.
+
+    ``stack``: packages of other versions than the run's, as ``name: then -> now``, where the state knows the run's.
+    """
 
     format: int = REPLAY_FORMAT
     run: str
@@ -77,6 +84,7 @@ class ReplayReport(Frozen):
     place: str
     folder: str
     stages: tuple[StageReport, ...]
+    stack: tuple[str, ...] = ()
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -114,8 +122,8 @@ def replay(
     epoch: int | str | None = None,
     stages: str = ALL,
     overrides: list[str] | None = None,
-) -> ReplayReport:
-    """Run stages of an epoch again and compare.
+) -> State:
+    """Run stages of an epoch again and compare; the flow run fails, as ``Differs``, where something does.
 
     Args:
         folder: an epoch's folder, a session's ``initial`` or ``test``, or a run: its folder, its key such as
@@ -125,6 +133,9 @@ def replay(
         stages: ``all`` that ran, or some, such as ``mine,compare``.
         overrides: where things are on this machine, such as ``dataset.root=...`` or ``runtime.device=cpu``.
 
+    Returns:
+        The flow run's state, with the :class:`ReplayReport`; :func:`replay_report` gives the report itself.
+
     Raises:
         ReplayError: nothing there that can be replayed; the message says why.
         ValueError: an unknown stage or override, data that are missing, or a record of another version.
@@ -132,8 +143,8 @@ def replay(
     place = locate(folder, session, epoch, overrides or ())
     recorded, config = read_recorded(place), config_here(place, overrides or ())
     chosen = _chosen(recorded, stages)
-    if config.images_api is not None and chosen == ["regenerate"]:
-        raise ReplayError(_not_drawn_again(config, folder))
+    if chosen == ["regenerate"] and (why := _not_drawn_again(recorded, config)) is not None:
+        raise ReplayError(why)
     with tempfile.TemporaryDirectory(prefix="fscil-replay-") as scratch:
         rerun = Rerun(recorded, config, Path(scratch))
         reports = tuple(_replayed(rerun, recorded, config, name) for name in chosen)
@@ -143,9 +154,28 @@ def replay(
         place=place.resolve().name,
         folder=str(place),
         stages=reports,
+        stack=_other_packages(config),
     )
     rows = [{"stage": one.stage, "outcome": one.outcome, "what": one.headline()} for one in reports]
     create_table_artifact(table=rows, key="replay", description=report.title())
+    if report.equal:
+        return Completed(message=report.title(), data=report)
+    return Failed(name="Differs", message=report.title(), data=report)
+
+
+def replay_report(
+    folder: str,
+    session: int | None = None,
+    epoch: int | str | None = None,
+    stages: str = ALL,
+    overrides: list[str] | None = None,
+) -> ReplayReport:
+    """Run the flow; its report, also where something differs. Raises as :func:`replay`."""
+    state = replay(folder, session, epoch, stages, overrides, return_state=True)
+    report = state.result(raise_on_failure=False)
+    if isinstance(report, BaseException):
+        raise report
+    assert isinstance(report, ReplayReport), "what the flow's states hold"
     return report
 
 
@@ -156,7 +186,16 @@ def lines(report: ReplayReport) -> list[str]:
         shown.append(f"  {stage.headline()}")
         details = [*stage.causes, *(d.sentence() for d in stage.differences), *stage.values]
         shown += [f"    {' '.join(detail.split())}" for detail in details]
+    if report.stack and not report.equal:
+        shown.append(f"  other packages than the run's: {', '.join(report.stack)}")
     return shown
+
+
+def _other_packages(config: ExperimentConfig) -> tuple[str, ...]:
+    file = config.runtime.state / "runs" / config.run_key / "provenance.json"
+    if not file.is_file():
+        return ()
+    return tuple(values_differ(read_record(file, Provenance).packages, versions()))
 
 
 # ------------------------------------------------------------------------------------------ what is replayed
@@ -193,7 +232,9 @@ def locate(what: str, session: int | None, epoch: int | str | None, overrides: S
 
 
 def _fetched(folder: Path) -> Path:
-    """The folder, which must be there."""
+    """The folder; where it is missing but its run was kept by DVC, the run is restored first."""
+    if not folder.exists():
+        bring_back(folder)
     if not (folder / "record.json").is_file():
         raise ReplayError(
             f"{folder} holds no record.json; give an epoch folder such as runs/.../session-00/epoch-000"
@@ -229,9 +270,8 @@ def _chosen(recorded: Recorded, stages: str) -> list[str]:
 
 def _replayed(rerun: Rerun, recorded: Recorded, config: ExperimentConfig, name: str) -> StageReport:
     old = recorded.stages[name]
-    if name == "regenerate" and config.images_api is not None:
-        note = _not_drawn_again(config, str(recorded.folder))
-        return StageReport(stage=old.stage, outcome="left out", note=note)
+    if name == "regenerate" and (why := _not_drawn_again(recorded, config)) is not None:
+        return StageReport(stage=old.stage, outcome="left out", note=why)
     try:
         causes = rerun.changed_inputs(name)
         new, store = rerun.stage(name)
@@ -240,9 +280,11 @@ def _replayed(rerun: Rerun, recorded: Recorded, config: ExperimentConfig, name: 
     return _compared(recorded.folder, old, new, store, causes)
 
 
-def _not_drawn_again(config: ExperimentConfig, folder: str) -> str:
-    assert config.images_api is not None, "asked only where a provider drew"
-    return f"the images of {folder} come from {config.images_api.model}, which takes no seed to draw by"
+def _not_drawn_again(recorded: Recorded, config: ExperimentConfig) -> str | None:
+    """Why images cannot be drawn again; None where they can."""
+    if isinstance(config.drawer, GeneratorSettings):
+        return None
+    return f"the images of {recorded.folder} come from {config.drawer.model}, which takes no seed to draw by"
 
 
 def _compared(

@@ -67,6 +67,19 @@ def restore(what: str, runs: Path, to: Path | None = None) -> Restored:
     return Restored(target=target, files=len(entries), put=versions.restore(entries, target))
 
 
+def bring_back(path: Path) -> bool:
+    """Restore the run that a missing path lies in, if a pointer names it; whether one does.
+
+    Raises:
+        StoreError: neither the cache nor the remote has it.
+    """
+    for folder in (path, *list(path.parents)[:-1]):
+        if folder.name and pointer_of(folder).is_file():
+            restore(str(folder), folder.parent)
+            return True
+    return False
+
+
 def _by_place(what: str, runs: Path) -> tuple[Pointer, str]:
     for place in (Path(what).resolve(), (runs / what).resolve()):
         for folder in (place, *list(place.parents)[:-1]):

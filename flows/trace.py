@@ -50,6 +50,7 @@ from tasks.records import (
     Verdict,
 )
 from tasks.store import artifacts_of, digest_of, read_json, read_lines
+from tasks.versions import pointer_of, read_pointer
 
 _IMAGE_ID = re.compile(r"(?:(?P<run>.+/seed-\d+)[/:])?(?P<id>s(?P<session>\d+)-e(?P<epoch>\d+)-.+)")
 _DIGEST = re.compile(r"[0-9a-f]{32}(\.dir)?")
@@ -337,13 +338,19 @@ class Tracer:
         origin = Origin(
             run=key, config_digest=config_digest(config), settings={name: config.get(name) for name in groups}
         )
-        file = self._state / "runs" / key / "provenance.json"
-        if not file.is_file():
-            return origin
-        known = read_record(file, Provenance).model_dump()
-        if known["config_digest"] != origin.config_digest:
-            return origin  # of another run of this key
-        return origin.model_copy(update=known)
+        known = self._provenance(run.root, key)
+        if known is None or known.config_digest != origin.config_digest:
+            return origin  # unknown here, or of another run of this key
+        return origin.model_copy(update=known.model_dump())
+
+    def _provenance(self, root: Path, key: str) -> Provenance | None:
+        """Who made the run, as this machine's state or else the run's pointer says."""
+        file, pointer = self._state / "runs" / key / "provenance.json", pointer_of(root)
+        if file.is_file():
+            return read_record(file, Provenance)
+        if pointer.is_file() and (meta := read_pointer(pointer).meta):
+            return Provenance.model_validate(meta)
+        return None
 
     def _mentions(self, name: str, text: str) -> list[Path]:
         files = sorted(self._runs.glob(f"*/*/seed-*/session-*/*/{name}"))

@@ -3,8 +3,8 @@
 What a VLM wrote is printed on one line, without markup and without control characters.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 from rich.text import Text
 from rich.tree import Tree
@@ -23,8 +23,10 @@ from flows.trace_shape import (
     Tuned,
 )
 
+Item = TypeVar("Item")
+
 SHOWN = 12
-"""Failures that are listed; the JSON has all of them."""
+"""Failures, earlier tunings and images of a slot that are listed; the JSON has all of them."""
 
 
 class Node(NamedTuple):
@@ -73,6 +75,12 @@ def nodes(found: Trace) -> Node:
     return _artifact(found) if isinstance(found, ArtifactTrace) else _cell(found)
 
 
+def _some(items: Sequence[Item], shown: Callable[[Item], Node]) -> list[Node]:
+    """A line for each of the first, and how many there are more."""
+    more = len(items) - SHOWN
+    return [*map(shown, items[:SHOWN]), *([node(f"and {more} more")] if more > 0 else [])]
+
+
 # ------------------------------------------------------------------------------------------ an image
 
 
@@ -82,7 +90,7 @@ def _image(found: ImageTrace) -> Node:
     return node(
         f"image {found.image_id}: {found.class_name} ({found.label}), slot {found.slot}, {doubled}",
         node(f"run {found.run}, session {found.session}, drawn for epoch {found.epoch}, in {found.folder}"),
-        node("prompt and rewritings", *_first_prompt(found), *map(_step, found.steps)),
+        node("prompt and rewritings", *_first_prompt(found), *_steps(found.steps)),
         node(f"generator weights {found.generator}"),
         _adapter(found.adapter, nested=True) if found.adapter else node("adapter: none, the base generator"),
         settings,
@@ -96,6 +104,14 @@ def _first_prompt(found: ImageTrace) -> list[Node]:
         return [node("begins with the base prompt")]
     known = f", such as {found.learned_from[0]}" if found.learned_from else ""
     return [node(f"begins with a prompt of {len(found.learned_from)} images of the session before{known}")]
+
+
+def _steps(steps: tuple[Step, ...]) -> list[Node]:
+    """The slot's first image and its last ones."""
+    between = len(steps) - SHOWN
+    if between <= 0:
+        return [_step(step) for step in steps]
+    return [_step(steps[0]), node(f"and {between} more"), *map(_step, steps[between + 1 :])]
 
 
 def _step(step: Step) -> Node:
@@ -134,14 +150,12 @@ def _verdict(judged: Judged) -> Node:
 
 
 def _adapter(found: AdapterTrace, *, nested: bool = False) -> Node:
-    more = len(found.failures) - SHOWN
-    listed = [*map(_failure, found.failures[:SHOWN]), *([node(f"and {more} more")] if more > 0 else [])]
     return node(
         f"adapter {found.tuning.adapter}, {_tuning(found.tuning)}",
         node(f"steps drawn: {', '.join(f'{step} ({n} x)' for step, n in found.tuning.steps_drawn.items())}"),
-        node(f"failures found by classifier {found.tuning.classifier}", *listed),
+        node(f"failures found by classifier {found.tuning.classifier}", *_some(found.failures, _failure)),
         node("tuned with", *_settings(found.settings)),
-        node("before it", *(node(f"{one.adapter}, {_tuning(one)}") for one in found.before))
+        node("before it", *_some(found.before, lambda one: node(f"{one.adapter}, {_tuning(one)}")))
         if found.before
         else node("tuned from the base generator"),
         *([] if nested else [_origin(found.origin)]),

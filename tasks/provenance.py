@@ -28,7 +28,7 @@ def provenance(
     return Provenance(
         git_commit=commit,
         git_dirty=dirty,
-        packages=_versions(),
+        packages=versions(),
         config_digest=config_digest(config),
         data_digest=data_digest,
         weights_digests=dict(weights),
@@ -43,7 +43,8 @@ def config_digest(config: Mapping[str, object]) -> str:
 
 
 @lru_cache(maxsize=1)
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The version of each package that can change a result, of those that are installed."""
     found = {}
     for name in PACKAGES:
         try:

@@ -63,6 +63,7 @@ def test_an_epoch_is_replayed_by_one_of_them(finished: Place) -> None:
     }
     state = flow(**given | chosen, return_state=True)
     assert state.result().equal
+    assert state.message == f"identical: 1 of 1 stages of {folder}"
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(state.state_details.flow_run_id)
         shown = client.read_artifacts(

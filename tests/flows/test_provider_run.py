@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.experiment import fscil
+from flows.replay import replay_report
 from tasks.records import ExperimentRecord
 from tasks.vlm.transport import BudgetError
 from tests.conftest import Place
@@ -50,6 +51,10 @@ def test_a_paid_run_stops_goes_on_and_keeps_its_key_to_itself(
         assert answers(provider) == ANSWERS
         assert provider.keys == {KEY}
     assert (record.usage.calls, record.usage.cost) == (ANSWERS, pytest.approx(ANSWERS * COST))
+    monkeypatch.delenv("SOME_KEY")
+    sealed = place.run("vlm_zero_shot") / "session-01" / "test"
+    again = replay_report(str(sealed), overrides=[f"runtime.state={tmp_path / 'other'}"])
+    assert [stage.outcome for stage in again.stages] == ["identical"], "neither key nor provider is there"
     transcript = place.run("vlm_zero_shot") / "session-00" / "test" / "test-transcript.jsonl"
     asked = [json.loads(line)["reply"] for line in transcript.read_text().splitlines()]
     assert [reply["usage"]["cost"] for reply in asked] == [COST] * 12

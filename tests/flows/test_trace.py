@@ -310,6 +310,15 @@ def test_json_is_the_documented_shape(finished: Place, capsys) -> None:
     assert "\x1b" not in plain
 
 
+def test_of_many_failures_and_tunings_some_are_listed(finished: Place) -> None:
+    runs = finished.root / "runs"
+    found = trace(str(epoch(runs, 1, 0)[0] / "adapter"), runs, runs)
+    assert isinstance(found, AdapterTrace)
+    many = found.model_copy(update={"before": found.before * 20, "failures": found.failures[:1] * 15})
+    shown = list(lines(nodes(many)))
+    assert [line.strip() for line in shown if " more" in line] == ["and 3 more", "and 8 more"]
+
+
 def test_what_a_vlm_wrote_is_one_line_without_markup_or_controls(runs: Path) -> None:
     folder, _ = epoch(runs, 0, 0)
     rows = read_lines(folder / "verdicts.jsonl", Verdict)
