@@ -22,6 +22,7 @@ Exit codes: 0 done; 1 a run failed or a replay differs; 2 the command or a setti
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments[0] in commands:
             return commands[arguments[0]](arguments[1:])
         return _run(arguments)
+    except BrokenPipeError:  # who reads has seen enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         console.print("interrupted; nothing sealed is lost - the same command goes on from here")
         return EXIT_INTERRUPTED
