@@ -17,7 +17,8 @@
     fscil up [--prefect-port 4200] [--mlflow-port 5000] [--runs 1]       Prefect server, worker, MLflow UI, deployments
     fscil down                                                           end them
 
-Exit codes: 0 done; 1 a run failed or a replay differs; 2 the command or a setting is wrong; 130 interrupted.
+Exit codes: 0 done; 1 a run failed or a replay differs; 2 the command or a setting is wrong; 130 interrupted (Ctrl-C);
+143 terminated (SIGTERM).
 """
 
 import argparse
@@ -30,12 +31,15 @@ from pathlib import Path
 from flows.cli import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
     EXIT_USAGE,
+    Terminated,
     console,
     fail,
     known_errors,
     prefect_server,
     quieten,
+    terminable,
 )
 from flows.commands import cell, data, gc, profile, restore, settings
 
@@ -54,15 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands |= {"data": data, "settings": settings, "cell": cell, "profile": profile}
     commands |= {"restore": restore, "gc": gc}
     try:
-        if arguments[0] in commands:
-            return commands[arguments[0]](arguments[1:])
-        return _run(arguments)
+        with terminable():
+            return commands[arguments[0]](arguments[1:]) if arguments[0] in commands else _run(arguments)
     except BrokenPipeError:  # who reads has seen enough, as `| head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing sealed is lost - the same command goes on from here")
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        ended = isinstance(stop, Terminated)
+        said = "terminated" if ended else "interrupted"
+        console.print(f"{said}; nothing sealed is lost - the same command goes on from here")
+        return EXIT_TERMINATED if ended else EXIT_INTERRUPTED
 
 
 def expand(arguments: Sequence[str]) -> list[list[str]]:

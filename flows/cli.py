@@ -1,9 +1,11 @@
 """What the commands share: the terminal, exit codes, errors that are for the user, and a Prefect server to run on."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +13,31 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 SERVER_START_S = 180
 
 console = Console(stderr=True)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived; like an interrupt it ends whatever runs, in order."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM raise Terminated for as long as the block lasts; outside of the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def quieten(prefect_level: str = "WARNING") -> None:
