@@ -225,6 +225,7 @@ class Tracer:
             first_prompt="base" if learned is None else "learned",
             learned_from=learned or (),
             generator=Digest(str(drawn.inputs["generator"])),
+            session_data=_session_data(run, session),
             settings=dict(drawn.settings),
             batch_shape=drawn.output.batch_shape,
             adapter=adapter,
@@ -377,6 +378,11 @@ def _class_names(run: RunFolder) -> dict[int, str]:
     return names
 
 
+def _session_data(run: RunFolder, session: int) -> Digest | None:
+    begun = (run.folder(session, 0) / "record.json").is_file()
+    return run.epoch(session, 0).train.inputs["session"] if begun else None
+
+
 def _prediction(folder: Path, record: EpochRecord, name: str, names: dict[int, str]) -> Predicted | None:
     for row in rows_with(folder / "predictions.jsonl", Prediction, name):
         if row.image_id == name:
@@ -471,6 +477,7 @@ def _tuned(run: RunFolder, record: EpochRecord, tune: StageRecord[Tuning], adapt
         negatives=len({name for triplet in triplets for name in triplet.negatives}),
         classifier=record.train.output.classifier.digest,
         generator=Digest(str(tune.inputs["generator"])),
+        session_data=Digest(str(record.train.inputs["session"])),
         started_from=record.start.adapter.digest if record.start.adapter else None,
     )
 
@@ -527,11 +534,14 @@ def _summed(written: ExperimentRecord, sessions: Sequence[SessionRecord]) -> Exp
 
 
 def _counted(file: Path, session: SessionRecord) -> Counted:
-    counts = session.test.output.accuracy.counts
+    accuracy = session.test.output.accuracy
+    base = [count for count in accuracy.counts if count.label < accuracy.n_base]
     return Counted(
         session=session.session,
-        correct=sum(count.correct for count in counts),
-        total=sum(count.total for count in counts),
+        correct=sum(count.correct for count in accuracy.counts),
+        total=sum(count.total for count in accuracy.counts),
+        base_correct=sum(count.correct for count in base),
+        base_total=sum(count.total for count in base),
         record=str(file),
     )
 

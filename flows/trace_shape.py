@@ -109,7 +109,10 @@ class Failure(Frozen):
 
 
 class Tuned(Frozen):
-    """One tuning in short; ``steps_drawn`` are counts by denoising step, ``loss`` first and last of the updates."""
+    """One tuning in short; ``steps_drawn`` are counts by denoising step, ``loss`` first and last of the updates.
+
+    ``session_data``: of the list of the session's images with their digests.
+    """
 
     adapter: Digest
     session: int
@@ -123,6 +126,7 @@ class Tuned(Frozen):
     negatives: int
     classifier: Digest
     generator: Digest
+    session_data: Digest
     started_from: Digest | None
 
 
@@ -144,6 +148,7 @@ class ImageTrace(Frozen):
     """A generated image, drawn for an epoch of a session; ``steps`` are its slot's, the first one first.
 
     ``source_id`` is the training image whose place it doubles, None for replay of an earlier class.
+    ``session_data``: of the list of the session's images with their digests, if an epoch has begun with it.
     ``first_prompt``: ``base``, or ``learned`` from the earlier session's images in ``learned_from``.
     """
 
@@ -162,6 +167,7 @@ class ImageTrace(Frozen):
     first_prompt: Literal["base", "learned"]
     learned_from: tuple[str, ...]
     generator: Digest
+    session_data: Digest | None
     settings: dict[str, Any]
     batch_shape: tuple[int, ...]
     adapter: AdapterTrace | None
@@ -195,11 +201,13 @@ class ArtifactTrace(Frozen):
 
 
 class Counted(Frozen):
-    """One session's test images, from its record."""
+    """One session's test images, from its record; those of base classes among them."""
 
     session: int
     correct: int
     total: int
+    base_correct: int
+    base_total: int
     record: str
 
 
