@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
@@ -74,6 +75,7 @@ class StageReport(Frozen):
 class ReplayReport(Frozen):
     """What a replay found; the JSON of ``fscil replay --json``, whose shape ``format`` numbers.
 
+    ``device`` and ``threads`` are those of the rerun; the record does not hold the run's.
     ``stack``: packages of other versions than the run's, as ``name: then -> now``, where the state knows the run's.
     """
 
@@ -84,6 +86,8 @@ class ReplayReport(Frozen):
     folder: str
     stages: tuple[StageReport, ...]
     stack: tuple[str, ...] = ()
+    device: str
+    threads: int
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -154,6 +158,8 @@ def replay(
         folder=str(place),
         stages=reports,
         stack=_other_packages(config),
+        device=config.runtime.torch_device.type,
+        threads=torch.get_num_threads(),
     )
     rows = [{"stage": one.stage, "outcome": one.outcome, "what": one.headline()} for one in reports]
     create_table_artifact(table=rows, key="replay", description=report.title())
@@ -185,6 +191,9 @@ def lines(report: ReplayReport) -> list[str]:
         shown.append(f"  {stage.headline()}")
         details = [*stage.causes, *(d.sentence() for d in stage.differences), *stage.values]
         shown += [f"    {' '.join(detail.split())}" for detail in details]
+    if not report.equal:
+        here = f"computed here on {report.device} with {report.threads} threads"
+        shown.append(f"  {here}; another number or device than the run's changes last bits: runtime.threads=")
     if report.stack and not report.equal:
         shown.append(f"  other packages than the run's: {', '.join(report.stack)}")
     return shown
