@@ -142,6 +142,7 @@ def _trace(arguments: Sequence[str]) -> int:
 
     from flows.trace import trace
     from flows.trace_text import lines, nodes, tree
+    from tasks.store import StoreError
 
     parser = argparse.ArgumentParser(
         "fscil trace", description="From an image or a number back to what made it."
@@ -153,7 +154,7 @@ def _trace(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         found = trace(given.what, given.runs, given.state)
-    except known_errors() as error:
+    except (ValueError, StoreError, OSError) as error:
         return fail(error, EXIT_USAGE)
     if given.json:
         print(found.model_dump_json(indent=1))

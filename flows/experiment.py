@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
 from filelock import Timeout
 from prefect import flow
 from prefect.runtime import flow_run
@@ -139,6 +140,8 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
                 data_digest=str(split.inputs["benchmark"]),
                 weights=_weights(config),
                 command=(Path(sys.argv[0]).name, *sys.argv[1:]),
+                device=config.runtime.torch_device.type,
+                threads=config.runtime.threads or torch.get_num_threads(),
             )
             write_json(store.root / "runs" / config.run_key / "provenance.json", origin)
             tracker = stack.enter_context(Tracker.of(config.tracking, store, config.run_key))

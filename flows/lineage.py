@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 
 from pydantic import ValidationError
 
+from tasks.provenance import config_digest
 from tasks.records import (
     ArtifactRef,
     AugmentationSet,
@@ -18,10 +19,12 @@ from tasks.records import (
     Digest,
     EpochRecord,
     Frozen,
+    Provenance,
     SessionRecord,
     StageRecord,
 )
 from tasks.store import StoreError, read_json, read_lines
+from tasks.versions import pointer_of, read_pointer
 
 STAGES = ("train", "evaluate", "mine", "compare", "tune", "regenerate")
 """An epoch's stages, as EpochRecord calls them."""
@@ -61,6 +64,28 @@ class RunFolder:
         raise LineageError(
             f"no config.json in or above {path}; give something below runs/<dataset>/<method>/seed-<n>"
         )
+
+    @property
+    def key(self) -> str:
+        """``<dataset>/<method>/seed-<n>``, wherever the folder is now."""
+        config = read_json(self.root / "config.json")
+        dataset = config["dataset"]
+        assert isinstance(dataset, dict), "written from DatasetSettings"
+        return f"{dataset['name']}/{config['method']}/seed-{config['seed']}"
+
+    def provenance(self, state: Path) -> Provenance | None:
+        """Who made the run, as a state folder or else the run's pointer says; None where neither does.
+
+        What they say of another run of the same key, with other settings, is not told.
+        """
+        file, pointer = state / "runs" / self.key / "provenance.json", pointer_of(self.root)
+        known = None
+        if file.is_file():
+            known = read_record(file, Provenance)
+        elif pointer.is_file() and (meta := read_pointer(pointer).meta):
+            known = Provenance.model_validate(meta)
+        ours = config_digest(read_json(self.root / "config.json"))
+        return known if known is not None and known.config_digest == ours else None
 
     def folder(self, session: int, epoch: int) -> Path:
         """The folder of an epoch, or a session's ``initial``; it need not be there."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import torch
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.runtime import flow_run
@@ -19,7 +20,7 @@ from pydantic import computed_field
 
 from flows.comparing import FileDifference, compare_files, files_of, values_differ
 from flows.config import ExperimentConfig, config_here, load_config
-from flows.lineage import STAGES, LineageError, read_record
+from flows.lineage import STAGES, LineageError, RunFolder
 from flows.rerun import TEST, Recorded, ReplayError, Rerun, read_recorded
 from flows.restore import bring_back
 from tasks.diffusion.generator import GeneratorSettings
@@ -75,6 +76,7 @@ class StageReport(Frozen):
 class ReplayReport(Frozen):
     """What a replay found; the JSON of ``fscil replay --json``, whose shape ``format`` numbers.
 
+    ``device`` and ``threads`` are those of the rerun: the run's own, where its provenance is at hand.
     ``stack``: packages of other versions than the run's, as ``name: then -> now``, where the state knows the run's.
     """
 
@@ -85,6 +87,8 @@ class ReplayReport(Frozen):
     folder: str
     stages: tuple[StageReport, ...]
     stack: tuple[str, ...] = ()
+    device: str
+    threads: int
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -142,6 +146,8 @@ def replay(
     """
     place = locate(folder, session, epoch, overrides or ())
     recorded, config = read_recorded(place), config_here(place, overrides or ())
+    origin = RunFolder.containing(place).provenance(config.runtime.state)
+    config = _computed_as(origin, config)
     chosen = _chosen(recorded, stages)
     if chosen == ["regenerate"] and (why := _not_drawn_again(recorded, config)) is not None:
         raise ReplayError(why)
@@ -154,7 +160,9 @@ def replay(
         place=place.resolve().name,
         folder=str(place),
         stages=reports,
-        stack=_other_packages(config),
+        stack=() if origin is None else tuple(values_differ(origin.packages, versions())),
+        device=config.runtime.torch_device.type,
+        threads=torch.get_num_threads(),
     )
     rows = [{"stage": one.stage, "outcome": one.outcome, "what": one.headline()} for one in reports]
     create_table_artifact(table=rows, key="replay", description=report.title())
@@ -186,16 +194,24 @@ def lines(report: ReplayReport) -> list[str]:
         shown.append(f"  {stage.headline()}")
         details = [*stage.causes, *(d.sentence() for d in stage.differences), *stage.values]
         shown += [f"    {' '.join(detail.split())}" for detail in details]
+    if not report.equal:
+        here = f"computed here on {report.device} with {report.threads} threads"
+        shown.append(f"  {here}; another number or device than the run's changes last bits: runtime.threads=")
     if report.stack and not report.equal:
         shown.append(f"  other packages than the run's: {', '.join(report.stack)}")
     return shown
 
 
-def _other_packages(config: ExperimentConfig) -> tuple[str, ...]:
-    file = config.runtime.state / "runs" / config.run_key / "provenance.json"
-    if not file.is_file():
-        return ()
-    return tuple(values_differ(read_record(file, Provenance).packages, versions()))
+def _computed_as(origin: Provenance | None, config: ExperimentConfig) -> ExperimentConfig:
+    """On the run's kind of device and with its number of threads, where they are known and nothing else is asked for."""
+    if origin is None:
+        return config
+    runtime = config.runtime
+    if runtime.device == "auto" and origin.device == "cpu":
+        runtime = runtime.model_copy(update={"device": "cpu"})
+    if runtime.threads is None and origin.threads is not None:
+        runtime = runtime.model_copy(update={"threads": origin.threads})
+    return config.model_copy(update={"runtime": runtime})
 
 
 # ------------------------------------------------------------------------------------------ what is replayed

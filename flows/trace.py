@@ -40,7 +40,6 @@ from tasks.records import (
     ExperimentRecord,
     FailurePair,
     Prediction,
-    Provenance,
     SessionRecord,
     StageRecord,
     TestEvaluation,
@@ -50,7 +49,6 @@ from tasks.records import (
     Verdict,
 )
 from tasks.store import artifacts_of, digest_of, read_json, read_lines
-from tasks.versions import pointer_of, read_pointer
 
 _IMAGE_ID = re.compile(r"(?:(?P<run>.+/seed-\d+)[/:])?(?P<id>s(?P<session>\d+)-e(?P<epoch>\d+)-.+)")
 _DIGEST = re.compile(r"[0-9a-f]{32}(\.dir)?")
@@ -215,7 +213,7 @@ class Tracer:
         learned = _learned_from(run, session, first[0][1], names)
         return ImageTrace(
             image_id=row.id,
-            run=_key(run),
+            run=run.key,
             session=session,
             epoch=epoch,
             folder=str(folder),
@@ -227,6 +225,7 @@ class Tracer:
             first_prompt="base" if learned is None else "learned",
             learned_from=learned or (),
             generator=Digest(str(drawn.inputs["generator"])),
+            session_data=_session_data(run, session),
             settings=dict(drawn.settings),
             batch_shape=drawn.output.batch_shape,
             adapter=adapter,
@@ -334,23 +333,14 @@ class Tracer:
         )
 
     def _origin(self, run: RunFolder, groups: Sequence[str]) -> Origin:
-        config, key = read_json(run.root / "config.json"), _key(run)
+        config = read_json(run.root / "config.json")
         origin = Origin(
-            run=key, config_digest=config_digest(config), settings={name: config.get(name) for name in groups}
+            run=run.key,
+            config_digest=config_digest(config),
+            settings={name: config.get(name) for name in groups},
         )
-        known = self._provenance(run.root, key)
-        if known is None or known.config_digest != origin.config_digest:
-            return origin  # unknown here, or of another run of this key
-        return origin.model_copy(update=known.model_dump())
-
-    def _provenance(self, root: Path, key: str) -> Provenance | None:
-        """Who made the run, as this machine's state or else the run's pointer says."""
-        file, pointer = self._state / "runs" / key / "provenance.json", pointer_of(root)
-        if file.is_file():
-            return read_record(file, Provenance)
-        if pointer.is_file() and (meta := read_pointer(pointer).meta):
-            return Provenance.model_validate(meta)
-        return None
+        known = run.provenance(self._state)
+        return origin if known is None else origin.model_copy(update=known.model_dump())
 
     def _mentions(self, name: str, text: str) -> list[Path]:
         files = sorted(self._runs.glob(f"*/*/seed-*/session-*/*/{name}"))
@@ -368,13 +358,6 @@ def _stages_in(folder: Path) -> list[StageRecord]:
     return run.stages(*run.place(folder))
 
 
-def _key(run: RunFolder) -> str:
-    config = read_json(run.root / "config.json")
-    dataset = config["dataset"]
-    assert isinstance(dataset, dict), "written from DatasetSettings"
-    return f"{dataset['name']}/{config['method']}/seed-{config['seed']}"
-
-
 def _class_names(run: RunFolder) -> dict[int, str]:
     """The category word of each label, as far as the run's records have them."""
     if (file := run.root / "experiment.json").is_file():
@@ -383,6 +366,11 @@ def _class_names(run: RunFolder) -> dict[int, str]:
     for manifest in sorted(run.root.glob("session-*/initial/manifest.jsonl")):
         names |= {row.label: row.path.split("/")[0] for row in read_lines(manifest, AugmentedImage)}
     return names
+
+
+def _session_data(run: RunFolder, session: int) -> Digest | None:
+    begun = (run.folder(session, 0) / "record.json").is_file()
+    return run.epoch(session, 0).train.inputs["session"] if begun else None
 
 
 def _prediction(folder: Path, record: EpochRecord, name: str, names: dict[int, str]) -> Predicted | None:
@@ -479,6 +467,7 @@ def _tuned(run: RunFolder, record: EpochRecord, tune: StageRecord[Tuning], adapt
         negatives=len({name for triplet in triplets for name in triplet.negatives}),
         classifier=record.train.output.classifier.digest,
         generator=Digest(str(tune.inputs["generator"])),
+        session_data=Digest(str(record.train.inputs["session"])),
         started_from=record.start.adapter.digest if record.start.adapter else None,
     )
 
@@ -535,11 +524,14 @@ def _summed(written: ExperimentRecord, sessions: Sequence[SessionRecord]) -> Exp
 
 
 def _counted(file: Path, session: SessionRecord) -> Counted:
-    counts = session.test.output.accuracy.counts
+    accuracy = session.test.output.accuracy
+    base = [count for count in accuracy.counts if count.label < accuracy.n_base]
     return Counted(
         session=session.session,
-        correct=sum(count.correct for count in counts),
-        total=sum(count.total for count in counts),
+        correct=sum(count.correct for count in accuracy.counts),
+        total=sum(count.total for count in accuracy.counts),
+        base_correct=sum(count.correct for count in base),
+        base_total=sum(count.total for count in base),
         record=str(file),
     )
 

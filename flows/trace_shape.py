@@ -12,7 +12,7 @@ TRACE_FORMAT = 1
 
 
 class Origin(Frozen):
-    """What made a run. The last six are None where the state that knows them is not at hand."""
+    """What made a run. All after ``settings`` are None where neither the run's state nor its pointer is at hand."""
 
     run: str
     config_digest: str
@@ -23,6 +23,8 @@ class Origin(Frozen):
     data_digest: str | None = None
     weights_digests: dict[str, str] | None = None
     command: tuple[str, ...] | None = None
+    device: str | None = None
+    threads: int | None = None
 
 
 # ------------------------------------------------------------------------------------------ a generated image
@@ -109,7 +111,10 @@ class Failure(Frozen):
 
 
 class Tuned(Frozen):
-    """One tuning in short; ``steps_drawn`` are counts by denoising step, ``loss`` first and last of the updates."""
+    """One tuning in short; ``steps_drawn`` are counts by denoising step, ``loss`` first and last of the updates.
+
+    ``session_data``: of the list of the session's images with their digests.
+    """
 
     adapter: Digest
     session: int
@@ -123,6 +128,7 @@ class Tuned(Frozen):
     negatives: int
     classifier: Digest
     generator: Digest
+    session_data: Digest
     started_from: Digest | None
 
 
@@ -144,6 +150,7 @@ class ImageTrace(Frozen):
     """A generated image, drawn for an epoch of a session; ``steps`` are its slot's, the first one first.
 
     ``source_id`` is the training image whose place it doubles, None for replay of an earlier class.
+    ``session_data``: of the list of the session's images with their digests, if an epoch has begun with it.
     ``first_prompt``: ``base``, or ``learned`` from the earlier session's images in ``learned_from``.
     """
 
@@ -162,6 +169,7 @@ class ImageTrace(Frozen):
     first_prompt: Literal["base", "learned"]
     learned_from: tuple[str, ...]
     generator: Digest
+    session_data: Digest | None
     settings: dict[str, Any]
     batch_shape: tuple[int, ...]
     adapter: AdapterTrace | None
@@ -195,11 +203,13 @@ class ArtifactTrace(Frozen):
 
 
 class Counted(Frozen):
-    """One session's test images, from its record."""
+    """One session's test images, from its record; those of base classes among them."""
 
     session: int
     correct: int
     total: int
+    base_correct: int
+    base_total: int
     record: str
 
 

@@ -13,6 +13,7 @@ from flows.trace_shape import (
     AdapterTrace,
     ArtifactTrace,
     CellTrace,
+    Counted,
     Failure,
     ImageTrace,
     Judged,
@@ -91,7 +92,7 @@ def _image(found: ImageTrace) -> Node:
         f"image {found.image_id}: {found.class_name} ({found.label}), slot {found.slot}, {doubled}",
         node(f"run {found.run}, session {found.session}, drawn for epoch {found.epoch}, in {found.folder}"),
         node("prompt and rewritings", *_first_prompt(found), *_steps(found.steps)),
-        node(f"generator weights {found.generator}"),
+        node(f"generator weights {found.generator}; the session's images {found.session_data or 'unknown'}"),
         _adapter(found.adapter, nested=True) if found.adapter else node("adapter: none, the base generator"),
         settings,
         _origin(found.origin),
@@ -208,9 +209,16 @@ def _cell(found: CellTrace) -> Node:
 
 def _seed(seed: Seed, value: str) -> Node:
     differs = "" if seed.agrees else ", WHICH ITS experiment.json DOES NOT SAY"
-    counts = (node(f"session {s.session}: {s.correct} of {s.total}, in {s.record}") for s in seed.sessions)
+    counts = (node(f"session {s.session}: {_counts(s)}, in {s.record}") for s in seed.sessions)
     epochs = node("epochs", *(node(command) for command in seed.commands))
     return node(f"seed {seed.seed}: {value}{differs}", *counts, epochs, _origin(seed.origin))
+
+
+def _counts(found: Counted) -> str:
+    novel = f"{found.correct - found.base_correct} of {found.total - found.base_total}"
+    return (
+        f"{found.correct} of {found.total} (base {found.base_correct} of {found.base_total}, novel {novel})"
+    )
 
 
 def _number(value: float) -> str:
@@ -220,7 +228,11 @@ def _number(value: float) -> str:
 def _origin(origin: Origin) -> Node:
     below = [node(f"config digest {origin.config_digest}"), *_settings(origin.settings)]
     if origin.config_digest and origin.packages is None:
-        below.append(node("commit, packages and data digest are not known: the run's state is not here"))
+        below.append(
+            node(
+                "commit, packages and data digest are not known: neither the run's state nor its pointer is here"
+            )
+        )
     else:
         dirty = " with changes" if origin.git_dirty else ""
         below += [
@@ -229,6 +241,9 @@ def _origin(origin: Origin) -> Node:
             node(f"weights: {', '.join(f'{k} {v}' for k, v in (origin.weights_digests or {}).items())}"),
             node(f"packages: {', '.join(f'{k} {v}' for k, v in (origin.packages or {}).items())}"),
             node(f"command: {' '.join(origin.command or ())}"),
+            node(
+                f"computed on {origin.device or 'an unknown device'}, {origin.threads or 'unknown'} threads"
+            ),
         ]
     return node(f"run {origin.run}", *below)
 

@@ -21,9 +21,15 @@ PACKAGES = (
 
 
 def provenance(
-    config: Mapping[str, object], *, data_digest: str, weights: Mapping[str, str], command: tuple[str, ...]
+    config: Mapping[str, object],
+    *,
+    data_digest: str,
+    weights: Mapping[str, str],
+    command: tuple[str, ...],
+    device: str,
+    threads: int,
 ) -> Provenance:
-    """Describe the code and its inputs as they are now."""
+    """Describe the code, its inputs and what it computes on as they are now."""
     commit, dirty = _git_state()
     return Provenance(
         git_commit=commit,
@@ -33,6 +39,8 @@ def provenance(
         data_digest=data_digest,
         weights_digests=dict(weights),
         command=command,
+        device=device,
+        threads=threads,
     )
 
 

@@ -523,7 +523,10 @@ class ExperimentRecord(Frozen):
 
 
 class Provenance(Frozen):
-    """Who and what made a run. Its own file beside the record, so that equal work has equal records."""
+    """Who and what made a run. Its own file beside the record, so that equal work has equal records.
+
+    Bits follow from ``device`` and ``threads`` too; they are None in files of before they were written.
+    """
 
     git_commit: str | None
     git_dirty: bool | None
@@ -532,3 +535,5 @@ class Provenance(Frozen):
     data_digest: str
     weights_digests: dict[str, str]
     command: tuple[str, ...]
+    device: str | None = None
+    threads: int | None = None

@@ -87,6 +87,7 @@ def test_an_image_leads_back_to_prompts_answers_seed_adapter_and_origin(finished
     assert found.origin.config_digest == origin.config_digest
     assert (found.origin.git_commit, found.origin.data_digest) == (origin.git_commit, origin.data_digest)
     assert found.origin.packages == origin.packages
+    assert found.session_data == record.train.inputs["session"] == found.adapter.tuning.session_data
     assert found.commands == (f"fscil replay {folder} --stages regenerate",)
 
 
@@ -146,7 +147,7 @@ def test_a_spoilt_picture_is_told_and_no_later_record_is_read(runs: Path) -> Non
     assert found.origin.git_commit is None
     shown = "\n".join(lines(nodes(found)))
     assert "WHICH IT HAS NO MORE" in shown
-    assert "the run's state is not here" in shown
+    assert "neither the run's state nor its pointer is here" in shown
 
 
 # ------------------------------------------------------------------------------------------ adapters and artifacts
@@ -244,6 +245,8 @@ def test_a_cell_is_counted_again_from_session_records(runs: Path) -> None:
     assert found.mean == pytest.approx(statistics.fmean([written.a_last, 1.0]))
     assert found.std == pytest.approx(statistics.stdev([written.a_last, 1.0]))
     assert found.seeds[0].sessions[2].correct == sum(c.correct for c in last.test.output.accuracy.counts)
+    counted, accuracy = found.seeds[0].sessions[2], last.test.output.accuracy
+    assert counted.base_correct / counted.base_total == pytest.approx(accuracy.base)
     assert found.seeds[0].commands[0] == f"fscil replay {runs / KEY / 'session-00' / 'epoch-000'}"
     assert found.unfinished == (str(runs / "digits" / "guided" / "seed-2"),)
     assert "WHICH ITS experiment.json DOES NOT SAY" in "\n".join(lines(nodes(found)))
