@@ -8,6 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATASET ?= digits
 SEEDS ?= 0,1,2,3,4
+STORM ?= 50
 PROFILE ?= miniature
 METHODS ?= finetune,fixed_sd,guided
 PREFECT_PORT ?= 4200
@@ -89,6 +90,10 @@ test-slow: data ## the tests that take minutes
 bench: data ## speed and memory against what people use today, into reports/bench.md
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python -m tests.benchmarks
+
+.PHONY: storm
+storm: data ## kill runs at every kind of moment and compare what they end with: make storm STORM=50
+	@$(BIN)/python -m tests.storm --runs $(STORM)
 
 .PHONY: check
 check: $(STAMP) ## ruff, the type checker and the import contracts

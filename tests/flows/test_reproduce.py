@@ -56,14 +56,11 @@ def commit(place: Path, message: str) -> None:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project as git would hand it out, with quick settings."""
     place = tmp_path_factory.mktemp("clone") / "project"
-    files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
+    left = shutil.ignore_patterns(
+        ".git", ".venv", ".fscil", "data", "runs", "runs-dev", "reports", "*_cache", "mlflow.db*", "mlartifacts",
+        "mlruns", "__pycache__", "*.egg-info", "cache", "tmp", "config.local", "dvc.lock", "dvc_plots",
     )  # fmt: skip
-    for name in files.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, place / name)
+    shutil.copytree(ROOT, place, symlinks=True, ignore=left)
     set_params(place, methods=list(METHODS), seeds=[0], overrides=[*QUICK, "tracking=off"])
     run(place, "git", "init", "--quiet")
     commit(place, "as it is handed out")

@@ -1,0 +1,286 @@
+"""`make storm`: experiments that are killed at every kind of moment until they end, and what that cost.
+
+    python -m tests.storm [--runs N] [--at-once K] [--seed S] [--folder PLACE]
+
+Each run is a quick guided experiment with tracking and DVC of its own. It is killed one to three times, at moments
+drawn from the seed: while one of the six stages works, while one is sealed, while an epoch is exported, while MLflow
+or DVC is written, or at any time; by SIGKILL, and in some runs by SIGINT or SIGTERM, which must end it in order. Then
+the same command runs to its end, and all it left is compared with an undisturbed run. The exit status is 1 if anything
+was lost, computed twice or left behind.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tasks.store import digest_of
+from tests.conftest import ROOT, Place
+
+MOMENTS = {
+    **{
+        stage: f"state/stages/{stage}/*.partial"
+        for stage in (
+            "train_classifier",
+            "evaluate",
+            "mine_failures",
+            "vlm_compare",
+            "tune_lora",
+            "regenerate",
+        )
+    },
+    "sealing": "state/stages/*/*.partial/timing.json",
+    "exporting": "runs/digits/guided/seed-0/session-*/.*.tmp",
+    "MLflow": "mlflow.db-journal",
+    "DVC's cache": ".dvc/cache/files/md5/*/*.tmp",
+    "any time": "",
+}
+SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
+ORDERLY_S = 5.0
+PATIENCE_S = 600
+
+
+@dataclass
+class Outcome:
+    """What one run went through and what was found wrong with it afterwards."""
+
+    moments: list[str] = field(default_factory=list)
+    signals: list[str] = field(default_factory=list)
+    slowest_stop: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the storm; print the table; 1 where something was lost."""
+    parser = argparse.ArgumentParser(prog="python -m tests.storm")
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--at-once", type=int, default=max(1, (os.cpu_count() or 2)))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary one by default")
+    chosen = parser.parse_args(arguments)
+    root = chosen.folder or Path(tempfile.mkdtemp(prefix="fscil-storm-"))
+    reference = Place(made(root / "undisturbed"))
+    finish(reference.root, reference)
+    console = Console(stderr=True)
+    with ThreadPoolExecutor(chosen.at_once) as pool:
+        futures = [pool.submit(weather, root, reference, chosen.seed, i) for i in range(chosen.runs)]
+        outcomes = []
+        for number, future in enumerate(futures):
+            outcomes.append(future.result())
+            told = "; ".join(outcomes[-1].faults) or "equal"
+            console.print(
+                f"run {number}: {', '.join(outcomes[-1].moments)}: {told}", markup=False, highlight=False
+            )
+    Console().print(table(outcomes))
+    return int(any(outcome.faults for outcome in outcomes))
+
+
+def weather(root: Path, reference: Place, seed: int, number: int) -> Outcome:
+    """One run: killed, started again, ended, compared."""
+    dice, outcome = random.Random(f"{seed}-{number}"), Outcome()
+    place = Place(made(root / f"run-{number:02d}"))
+    for attempt in range(dice.randint(1, 3)):
+        names = list(MOMENTS)
+        moment = names[(number + attempt) % len(names)] if attempt == 0 else dice.choice(names)
+        number_of_signal = dice.choices(list(SIGNALS), (8, 1, 1))[0]
+        if not strike(place, moment, number_of_signal, dice, outcome):
+            break
+    before = sealed(place)
+    finish(place.root, place)
+    outcome.faults += differences(place, reference, before)
+    if not outcome.faults:
+        shutil.rmtree(place.root)
+    return outcome
+
+
+def strike(place: Place, moment: str, number: signal.Signals, dice: random.Random, outcome: Outcome) -> bool:
+    """Start the run and stop it at a moment; False if it ended before."""
+    seen = set(place.root.glob(MOMENTS[moment])) if MOMENTS[moment] else set()
+    process = start(place)
+    until = time.monotonic() + (dice.uniform(5, 60) if not MOMENTS[moment] else PATIENCE_S)
+    while process.poll() is None and time.monotonic() < until:
+        if MOMENTS[moment] and set(place.root.glob(MOMENTS[moment])) - seen:
+            time.sleep(dice.choice((0.0, 0.0, dice.uniform(0, 0.5))))
+            break
+        time.sleep(0.003)
+    if process.poll() is not None:
+        outcome.moments.append(f"{moment} (missed)")
+        return False
+    began = time.monotonic()
+    process.send_signal(number)
+    code = process.wait()
+    took = time.monotonic() - began
+    outcome.moments.append(moment)
+    outcome.signals.append(number.name)
+    said = (place.root / "log").read_text(errors="replace")
+    if number != signal.SIGKILL:
+        outcome.slowest_stop = max(outcome.slowest_stop, took)
+        if code not in (SIGNALS[number], 0):
+            outcome.faults.append(f"{number.name} ended it with {code}")
+        elif code and "the same command goes on from here" not in said:
+            outcome.faults.append(f"{number.name} without a sentence on how to resume")
+    return True
+
+
+# ------------------------------------------------------------------------------------------ running
+
+
+def made(root: Path) -> Path:
+    """A folder with a DVC repository of its own."""
+    root.mkdir(parents=True)
+    environment = os.environ | {"DO_NOT_TRACK": "1"}
+    command = [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"]
+    subprocess.run(command, cwd=root, env=environment, check=True)
+    return root
+
+
+def start(place: Place) -> subprocess.Popen[bytes]:
+    """The experiment's command, in a process of its own."""
+    overrides = place.overrides("runtime.threads=1", tracking=True)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    environment = kept | {
+        "PREFECT_HOME": str(place.root / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
+        "OMP_NUM_THREADS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    with (place.root / "log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows", "dataset=digits", "method=guided", "seed=0", *overrides],
+            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def finish(root: Path, place: Place) -> None:
+    """Run the command to its end."""
+    if code := start(place).wait():
+        raise SystemExit(f"{root} ended with {code}:\n{(root / 'log').read_text(errors='replace')[-3000:]}")
+
+
+# ------------------------------------------------------------------------------------------ comparing
+
+
+def sealed(place: Place) -> dict[Path, int]:
+    """When each sealed record was written."""
+    return {
+        path: path.stat().st_mtime_ns
+        for path in (place.root / "state" / "stages").glob("*/*/record.json")
+        if path.parent.suffix != ".partial"
+    }
+
+
+def differences(place: Place, reference: Place, before: dict[Path, int]) -> list[str]:
+    """What is not as after an undisturbed run; empty where nothing is."""
+    checks: dict[str, Callable[[], bool]] = {
+        "a result differs": lambda: place.files("guided") != reference.files("guided"),
+        "something sealed was computed again": lambda: {p: p.stat().st_mtime_ns for p in before} != before,
+        "a VLM answer was paid twice": lambda: paid(place) > len(answers(place)),
+        "VLM answers are others": lambda: answers(place) != answers(reference),
+        "MLflow has other points": lambda: points(place) != points(reference),
+        "MLflow has a point twice": lambda: any(n > 1 for n in Counter(point_keys(place)).values()),
+        "DVC's pointer is not the results' digest": lambda: pointer(place) != pointer(reference),
+        "something temporary was left": lambda: bool(leftovers(place)),
+        "a process was left": lambda: bool(processes(place)),
+    }
+    return [name for name, wrong in checks.items() if wrong()]
+
+
+def paid(place: Place) -> int:
+    """How many VLM answers were paid: a line each in the run's ledger."""
+    ledgers = (place.root / "state" / "runs").rglob("vlm-paid.jsonl")
+    return sum(len(ledger.read_text().splitlines()) for ledger in ledgers)
+
+
+def answers(place: Place) -> set[str]:
+    """The VLM answers that are kept, by what was asked."""
+    return {path.name for path in (place.root / "state" / "vlm").rglob("*.json")}
+
+
+def rows(place: Place) -> list[tuple[str, str, int, float]]:
+    """Run name, metric, step and value of every point in MLflow."""
+    with sqlite3.connect(f"file:{place.root}/mlflow.db?mode=ro", uri=True) as database:
+        return database.execute(
+            "select runs.name, metrics.key, metrics.step, metrics.value "
+            "from metrics join runs using (run_uuid)"
+        ).fetchall()
+
+
+def points(place: Place) -> set[tuple[str, str, int, float]]:
+    """All points but those that measure the machine."""
+    return {row for row in rows(place) if not row[1].startswith(("seconds/", "memory_mib/", "system/"))}
+
+
+def point_keys(place: Place) -> list[tuple[str, str, int]]:
+    """Which points there are, of whatever value."""
+    return [row[:3] for row in rows(place)]
+
+
+def pointer(place: Place) -> str:
+    """The digest by which DVC knows the results, which must be theirs but for config.json, which names places."""
+    said = (place.root / "runs" / "digits" / "guided" / "seed-0.dvc").read_text()
+    assert digest_of(place.run("guided")) in said, "the pointer names other results"
+    return str(len(list(place.run("guided").rglob("*"))))
+
+
+def leftovers(place: Place) -> list[Path]:
+    """What is neither sealed nor a result."""
+    return [
+        path
+        for path in place.root.rglob("*")
+        if path.name.endswith((".partial", ".tmp", ".damaged", "-journal")) and "prefect" not in path.parts
+    ]
+
+
+def processes(place: Place) -> list[str]:
+    """Processes that still work in the place, ten seconds after the run ended."""
+    for _ in range(50):
+        found = [p.parent.name for p in Path("/proc").glob("[0-9]*/environ") if _works_in(p, place.root)]
+        if not found:
+            return []
+        time.sleep(0.2)
+    return found
+
+
+def _works_in(environ: Path, root: Path) -> bool:
+    try:
+        return f"PREFECT_HOME={root}/".encode() in environ.read_bytes()
+    except OSError:
+        return False
+
+
+def table(outcomes: list[Outcome]) -> Table:
+    """How often each moment was met, and what was lost."""
+    met = Counter(moment for outcome in outcomes for moment in outcome.moments)
+    bad = Counter(moment for outcome in outcomes if outcome.faults for moment in outcome.moments)
+    sent = Counter(name for outcome in outcomes for name in outcome.signals)
+    slowest = max((outcome.slowest_stop for outcome in outcomes), default=0.0)
+    shown = Table(
+        title=f"{len(outcomes)} runs, {sum(sent.values())} stops ({', '.join(f'{n} {k}' for k, n in sent.items())})"
+    )
+    for heading in ("stopped while", "times", "in runs with a fault"):
+        shown.add_column(heading)
+    for moment, times in sorted(met.items()):
+        shown.add_row(moment, str(times), str(bad[moment]))
+    shown.caption = (
+        f"slowest orderly stop {slowest:.1f} s (promised: {ORDERLY_S:.0f} s on a free machine); "
+        f"faults: {', '.join(sorted({f for o in outcomes for f in o.faults})) or 'none'}"
+    )
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
