@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-SERVER_START_S = 180
+SERVER_START_S, LOGS_S = 180, 5
 
 console = Console(stderr=True)
 
@@ -39,6 +39,7 @@ def prefect_server() -> Iterator[None]:
     if url and _listens(url):
         yield
         return
+    from prefect.logging.handlers import APILogWorker
     from prefect.server.api.server import SubprocessASGIServer
 
     with temporary_settings({PREFECT_API_URL: None}):
@@ -50,6 +51,7 @@ def prefect_server() -> Iterator[None]:
             with temporary_settings({PREFECT_API_URL: server.api_url}):
                 yield
         finally:
+            APILogWorker.drain_all(timeout=LOGS_S)  # what is not sent by now has nowhere to go
             server.stop()
             guard.kill()
             guard.wait()

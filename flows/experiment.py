@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.config import ExperimentConfig, differences, identity_of, load_config
-from flows.progress import show_experiment
+from flows.progress import note, session_line, show_experiment, tag_run
 from flows.ray_shards import check_ray, shards_on
 from flows.session import run_session
 from tasks.context import EpochContext
@@ -93,6 +93,8 @@ def fscil(
         RunError: the run is in progress elsewhere, or its folder was written with other settings.
     """
     config = load_config(all_overrides(dataset, method, seed, overrides, models))
+    tag_run(*config.tags)
+    note(f"{config.run_key} begins or goes on; results in {config.runtime.runs.name}/{config.run_key}")
     record = run_experiment(config)
     show_experiment(record)
     return record
@@ -177,6 +179,7 @@ def _run_sessions(
         )
         session_folder = folder / f"session-{index:02d}"
         session = run_session(config, index, context, test_ref, session_folder, vlm_url, tracker, versions)
+        note(session_line(session))
         sessions.append(session)
         state = session.end
     return sessions

@@ -33,7 +33,12 @@ from tasks.store import StageFolder, digest_of, fingerprint, read_lines, write_l
 VERSION = 1
 
 
-@task(name="regenerate", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="regenerate",
+    task_run_name="regenerate · session {context.session} · A_{epoch}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def regenerate(
     context: EpochContext,
     epoch: int,

@@ -42,7 +42,12 @@ from tasks.store import StageFolder, read_lines
 VERSION = 2  # 2: a centre is contrasted with the failures that it was compared with
 
 
-@task(name="tune_lora", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="tune_lora",
+    task_run_name="tune_lora · session {context.session} · epoch {context.epoch}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def tune_lora(
     context: EpochContext,
     mining: Mining,

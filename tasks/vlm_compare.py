@@ -33,7 +33,12 @@ from tasks.vlm.coordinator import Coordinator, PairToJudge
 VERSION = 2  # 2: with fixed prompts no rewriting is asked for
 
 
-@task(name="vlm_compare", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="vlm_compare",
+    task_run_name="vlm_compare · session {context.session} · epoch {context.epoch}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def vlm_compare(
     context: EpochContext,
     mining: Mining,
