@@ -6,13 +6,17 @@ and are not printed again. Outside a flow run there is only the terminal.
 """
 
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 
 from prefect import get_client
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 from prefect.logging.handlers import APILogHandler
 from rich.console import Console
 
+from flows.config import ExperimentConfig
+from flows.session_page import artifact_key, mlflow_place, session_page
 from tasks.records import EpochRecord, ExperimentRecord, SessionAccuracy, SessionRecord, Usage
 
 console = Console(stderr=True, highlight=False)
@@ -75,6 +79,20 @@ def session_line(record: SessionRecord) -> str:
         f"session {record.session}: test {accuracy.overall:.1%}{novel} ({record.converged_because}); "
         f"{budget(record.images_drawn, record.usage, record.unparsed, record.drawing)}"
     )
+
+
+def show_session(
+    config: ExperimentConfig, record: SessionRecord, epochs: Sequence[EpochRecord], folder: Path
+) -> None:
+    """The session's page, as an artifact of its flow run."""
+    if FlowRunContext.get() is None:
+        return
+    title = f"{config.dataset.name} · {config.method} · seed {config.seed} · session {record.session}"
+    place = f"{config.runtime.runs.name}/{config.run_key}/{folder.name}"
+    spent = budget(record.images_drawn, record.usage, record.unparsed, record.drawing)
+    places = [f"Results: `{place}`", mlflow_place(config.tracking, config.run_key), f"Spent: {spent}"]
+    page = session_page(title, record, epochs, folder, places)
+    create_markdown_artifact(page, artifact_key(title), f"{title}: epochs, pictures, test accuracy")
 
 
 def show_experiment(record: ExperimentRecord) -> None:

@@ -10,7 +10,7 @@ from prefect import flow
 
 from flows.config import ExperimentConfig
 from flows.epoch import run_epoch
-from flows.progress import say, say_epoch, session_line, tag_run
+from flows.progress import say, say_epoch, session_line, show_session, tag_run
 from tasks.context import EpochContext
 from tasks.evaluate import evaluate_test, evaluate_zero_shot
 from tasks.records import (
@@ -84,6 +84,7 @@ def run_session(
     versions.keep()
     tracker.session(session)
     say(session_line(session))
+    show_session(config, session, learned.epochs, folder)
     return session
 
 

@@ -6,6 +6,8 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
     FlowRunFilter,
     FlowRunFilterParentFlowRunId,
     FlowRunFilterTags,
@@ -14,7 +16,7 @@ from prefect.client.schemas.filters import (
     TaskRunFilter,
     TaskRunFilterFlowRunId,
 )
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import Artifact, FlowRun
 from prefect.context import FlowRunContext
 from prefect.logging.handlers import APILogWorker
 
@@ -39,6 +41,11 @@ def experiment(finished: Place) -> FlowRun:
 def sessions_of(run: FlowRun) -> list[FlowRun]:
     below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run.id]))
     return sorted(client().read_flow_runs(flow_run_filter=below), key=lambda run: run.name)
+
+
+def artifacts_of(run: FlowRun) -> list[Artifact]:
+    mine = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+    return client().read_artifacts(artifact_filter=mine)
 
 
 def log_of(run: FlowRun) -> list[str]:
@@ -101,3 +108,17 @@ def test_outside_a_run_nothing_is_logged_or_tagged(capfd: pytest.CaptureFixture[
     note("nobody reads this")
     tag_run("dataset:none")
     assert capfd.readouterr() == ("", "")
+
+
+def test_each_session_has_its_page_and_the_experiment_its_table(experiment: FlowRun) -> None:
+    (table,) = artifacts_of(experiment)
+    assert table.key == "session-accuracy"
+    for index, session in enumerate(sessions_of(experiment)):
+        (page,) = artifacts_of(session)
+        assert page.key == f"digits-guided-seed-0-session-{index}"
+        assert page.type == "markdown"
+        text = str(page.data)
+        assert f"Results: `runs/digits/guided/seed-0/session-{index:02d}`" in text
+        assert "Contact sheet of A_1" in text
+        assert "`make ui`" in text
+        assert len(text) < 100_000
