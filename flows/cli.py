@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
-SERVER_START_S = 180
+SERVER_START_S, LOGS_S = 180, 5
 
 console = Console(stderr=True)
 
@@ -62,6 +62,7 @@ def prefect_server() -> Iterator[None]:
     if url and _listens(url):
         yield
         return
+    from prefect.logging.handlers import APILogWorker
     from prefect.server.api.server import SubprocessASGIServer
 
     with temporary_settings({PREFECT_API_URL: None}):
@@ -73,6 +74,7 @@ def prefect_server() -> Iterator[None]:
             with temporary_settings({PREFECT_API_URL: server.api_url}):
                 yield
         finally:
+            APILogWorker.drain_all(timeout=LOGS_S)  # what is not sent by now has nowhere to go
             server.stop()
             guard.kill()
             guard.wait()

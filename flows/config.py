@@ -112,6 +112,11 @@ class ExperimentConfig(Frozen):
         return f"{self.dataset.name}/{self.method}/seed-{self.seed}"
 
     @property
+    def tags(self) -> tuple[str, str, str]:
+        """``dataset:<name>``, ``method:<name>``, ``seed:<n>``: what its flow runs are found by in Prefect."""
+        return (f"dataset:{self.dataset.name}", f"method:{self.method}", f"seed:{self.seed}")
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What makes a result: everything but where and how it runs and who watches."""
         return identity_of(self.model_dump(mode="json"))

@@ -4,6 +4,10 @@
 
 The last epoch of a session ends after evaluate, since no further set is wanted. Which of the other
 stages run is the augmenter's: none without a generator, regenerate alone for a fixed one.
+
+No task is retried by Prefect: a stage depends on sealed inputs alone, so what failed once fails again. What passes by
+itself - a provider that is busy - is tried again where it is asked, in tasks/vlm, within a budget; after anything
+else the same command goes on from the last sealed stage.
 """
 
 from collections.abc import Sequence

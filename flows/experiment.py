@@ -13,14 +13,17 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.config import ExperimentConfig, differences, identity_of, load_config
-from flows.progress import show_experiment
+from flows.progress import note, say, session_line, show_experiment, tag_run
 from flows.ray_shards import check_ray, shards_on
 from flows.session import run_session
+from flows.stage_progress import stage_progress
 from tasks.context import EpochContext
 from tasks.datasets.benchmark import build_benchmark
+from tasks.gpu import gpu_held
 from tasks.learners.factory import check_learner
 from tasks.loading import backbone_digest, generator_digest, vlm_digest
 from tasks.miniature.vlm_server import serve_miniature
+from tasks.progress import watched_by
 from tasks.provenance import provenance
 from tasks.records import (
     ArtifactRef,
@@ -94,7 +97,10 @@ def fscil(
         RunError: the run is in progress elsewhere, or its folder was written with other settings.
     """
     config = load_config(all_overrides(dataset, method, seed, overrides, models))
-    record = run_experiment(config)
+    tag_run(*config.tags)
+    note(f"{config.run_key} begins or goes on; results in {config.runtime.runs.name}/{config.run_key}")
+    with watched_by(stage_progress):
+        record = run_experiment(config)
     show_experiment(record)
     return record
 
@@ -133,6 +139,7 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
     with _held(store, config.run_key):
         split = seal_split(store, config, benchmark)
         with ExitStack() as stack:
+            stack.enter_context(gpu_held(config.runtime, say))
             vlm_url = stack.enter_context(check_vlm(config.vlm, serve_miniature)) if config.asks_vlm else None
             write_json(folder / "config.json", config.identity)
             origin = provenance(
@@ -180,6 +187,7 @@ def _run_sessions(
         )
         session_folder = folder / f"session-{index:02d}"
         session = run_session(config, index, context, test_ref, session_folder, vlm_url, tracker, versions)
+        note(session_line(session))
         sessions.append(session)
         state = session.end
     return sessions

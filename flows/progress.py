@@ -1,11 +1,56 @@
-"""What a person sees while an experiment runs: a line for each epoch and session, and a Prefect artifact at the end."""
+"""What a person sees while an experiment runs: lines in the terminal, and the same in the run's log in Prefect.
 
-from prefect.artifacts import create_table_artifact
+Each flow run has its own log: a session's holds its epochs, the experiment's its start, its sessions and its end.
+The lines reach it at INFO even where ``PREFECT_LOGGING_LEVEL`` keeps Prefect's own quiet, go there in the background,
+and are not printed again. Outside a flow run there is only the terminal.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import get_client
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.context import FlowRunContext
+from prefect.logging.handlers import APILogHandler
 from rich.console import Console
 
+from flows.config import ExperimentConfig
+from flows.session_page import artifact_key, mlflow_place, session_page
 from tasks.records import EpochRecord, ExperimentRecord, SessionAccuracy, SessionRecord, Usage
 
 console = Console(stderr=True, highlight=False)
+_log = logging.getLogger("fscil.runs")
+
+
+def note(line: str) -> None:
+    """A line of the log of the flow run under way, if there is one."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return
+    if not _log.handlers:
+        _log.addHandler(APILogHandler())
+        _log.setLevel(logging.INFO)
+        _log.propagate = False  # the terminal has its own line
+    _log.info(line, extra={"flow_run_id": context.flow_run.id})
+
+
+def say(line: str) -> None:
+    """A line in the terminal and in the run's log."""
+    console.print(f"  {line}", markup=False)
+    note(line)
+
+
+def tag_run(*tags: str) -> None:
+    """Give tags to the flow run under way, beside those of its deployment.
+
+    Its tasks get none: Prefect looks for a concurrency limit of each tag before and after each task.
+    """
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(context.flow_run.id, tags=sorted({*context.flow_run.tags, *tags}))
 
 
 def say_epoch(record: EpochRecord) -> None:
@@ -23,21 +68,35 @@ def say_epoch(record: EpochRecord) -> None:
         series = record.tune.output.series  # without L_P and L_C no SSIM is measured
         name, shown = ("ssim_positive", "SSIM to failures") if "ssim_positive" in series else ("loss", "loss")
         parts.append(f"tuned, {shown} {series[name][0]:.2f} -> {series[name][-1]:.2f}")
-    console.print(f"  session {record.session} epoch {record.epoch}: {'; '.join(parts)}")
+    say(f"session {record.session} epoch {record.epoch}: {'; '.join(parts)}")
 
 
-def say_session(record: SessionRecord) -> None:
-    """One line: test accuracy of a sealed session, and what it cost."""
+def session_line(record: SessionRecord) -> str:
+    """Test accuracy of a sealed session, why it ended, and what it cost."""
     accuracy = record.test.output.accuracy
     novel = "" if accuracy.novel is None else f", base {accuracy.base:.1%}, novel {accuracy.novel:.1%}"
-    console.print(
-        f"  session {record.session}: test {accuracy.overall:.1%}{novel} ({record.converged_because}); "
+    return (
+        f"session {record.session}: test {accuracy.overall:.1%}{novel} ({record.converged_because}); "
         f"{budget(record.images_drawn, record.usage, record.unparsed, record.drawing)}"
     )
 
 
+def show_session(
+    config: ExperimentConfig, record: SessionRecord, epochs: Sequence[EpochRecord], folder: Path
+) -> None:
+    """The session's page, as an artifact of its flow run."""
+    if FlowRunContext.get() is None:
+        return
+    title = f"{config.dataset.name} · {config.method} · seed {config.seed} · session {record.session}"
+    place = f"{config.runtime.runs.name}/{config.run_key}/{folder.name}"
+    spent = budget(record.images_drawn, record.usage, record.unparsed, record.drawing)
+    places = [f"Results: `{place}`", mlflow_place(config.tracking, config.run_key), f"Spent: {spent}"]
+    page = session_page(title, record, epochs, folder, places)
+    create_markdown_artifact(page, artifact_key(title), f"{title}: epochs, pictures, test accuracy")
+
+
 def show_experiment(record: ExperimentRecord) -> None:
-    """The sessions' accuracies on the flow run's page in Prefect."""
+    """The sessions' accuracies on the flow run's page in Prefect, and its log's last line."""
     rows = [
         {
             "session": session.session,
@@ -49,6 +108,7 @@ def show_experiment(record: ExperimentRecord) -> None:
         for session in record.sessions
     ]
     spent = budget(record.images_drawn, record.usage, record.unparsed, record.drawing)
+    note(f"done: A_base {record.a_base:.1%}, A_last {record.a_last:.1%}, A_avg {record.a_avg:.1%}; {spent}")
     create_table_artifact(
         table=rows, key="session-accuracy", description=f"{record.run}: test accuracy by session; {spent}"
     )

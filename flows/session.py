@@ -10,7 +10,7 @@ from prefect import flow
 
 from flows.config import ExperimentConfig
 from flows.epoch import run_epoch
-from flows.progress import say_epoch, say_session
+from flows.progress import say, say_epoch, session_line, show_session, tag_run
 from tasks.context import EpochContext
 from tasks.evaluate import evaluate_test, evaluate_zero_shot
 from tasks.records import (
@@ -41,7 +41,12 @@ class _Learned:
     end: LoopState
 
 
-@flow(name="session", flow_run_name="session {index}", persist_result=False, validate_parameters=False)
+@flow(
+    name="session",
+    flow_run_name="{config.dataset.name} · {config.method} · seed {config.seed} · session {index}",
+    persist_result=False,
+    validate_parameters=False,
+)
 def run_session(
     config: ExperimentConfig,
     index: int,
@@ -64,6 +69,7 @@ def run_session(
         tracker: mirrors sealed records into MLflow.
         versions: keeps the run's folder in DVC's cache.
     """
+    tag_run(*config.tags)
     if config.zero_shot:
         tracker.session_start(index, None, folder / "initial")
         learned = _Learned(None, [], "the VLM classifies and learns nothing", context.start)
@@ -77,7 +83,8 @@ def run_session(
     write_json(folder / "record.json", session)
     versions.keep()
     tracker.session(session)
-    say_session(session)
+    say(session_line(session))
+    show_session(config, session, learned.epochs, folder)
     return session
 
 

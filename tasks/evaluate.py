@@ -53,7 +53,12 @@ from tasks.vlm.zero_shot import Classified, classify
 VERSION = 1
 
 
-@task(name="evaluate", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="evaluate",
+    task_run_name="evaluate · session {context.session} · epoch {context.epoch}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def evaluate(
     context: EpochContext, classifier: ArtifactRef, learner: LearnerSettings
 ) -> StageRecord[Evaluation]:
@@ -97,7 +102,12 @@ def evaluate(
     )
 
 
-@task(name="evaluate_test", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="evaluate_test",
+    task_run_name="evaluate_test · session {context.session}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def evaluate_test(
     context: EpochContext,
     test_ref: ArtifactRef,
@@ -132,7 +142,12 @@ def evaluate_test(
     )
 
 
-@task(name="evaluate_zero_shot", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="evaluate_zero_shot",
+    task_run_name="evaluate_zero_shot · session {context.session}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def evaluate_zero_shot(
     context: EpochContext, test_ref: ArtifactRef, vlm: VlmSettings, vlm_url: str | None
 ) -> StageRecord[TestEvaluation]:

@@ -21,7 +21,12 @@ from tasks.store import StageFolder, read_lines, write_lines
 VERSION = 1
 
 
-@task(name="mine_failures", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="mine_failures",
+    task_run_name="mine_failures · session {context.session} · epoch {context.epoch}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def mine_failures(
     context: EpochContext, predictions: ArtifactRef, mining: MiningSettings
 ) -> StageRecord[Mining]:

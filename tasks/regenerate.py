@@ -11,7 +11,6 @@ from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from tqdm import tqdm
 
 from tasks.augmentation import AugmenterSettings, Slot, first_slots, image_id, next_slots
 from tasks.context import EpochContext
@@ -25,6 +24,7 @@ from tasks.loading import (
     redraws,
     session_of,
 )
+from tasks.progress import stage_bar
 from tasks.records import ArtifactRef, AugmentationSet, AugmentedImage, Digest, StageRecord, Verdict
 from tasks.seeding import seed_for
 from tasks.shards import Drawn, Order, Shard, draw_shards
@@ -33,7 +33,12 @@ from tasks.store import StageFolder, digest_of, fingerprint, read_lines, write_l
 VERSION = 1
 
 
-@task(name="regenerate", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="regenerate",
+    task_run_name="regenerate · session {context.session} · A_{epoch}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def regenerate(
     context: EpochContext,
     epoch: int,
@@ -121,12 +126,11 @@ def _draw_shards(
     batch = _batch_so_far(folder, generator.batch)
     starts = range(0, len(slots), generator.batch)
     order = Order(context=context, generator=generator, adapter=adapter)
-    title = f"session {context.session} epoch {epoch}: drawing"
-    with tqdm(total=len(slots), desc=title, unit="image", disable=None, leave=False) as bar:
+    place = f"session {context.session} epoch {epoch}"
+    with stage_bar("drawing", place, "image", len(slots)) as at:
         while missing := [start for start in starts if not _marker(folder, batch, start).is_file()]:
             kept = len(starts) - len(missing)
-            bar.reset()
-            bar.update(min(kept * generator.batch, len(slots)))
+            at("", min(kept * generator.batch, len(slots)), len(slots))
             shards = [_shard(slots, seeds, start, generator.batch, batch) for start in missing]
             with closing(draw_shards(order, shards)) as drawing:
                 for drawn in drawing:
@@ -138,7 +142,7 @@ def _draw_shards(
                         rows = _keep(context, epoch, folder, generator.format, drawn, slots, seeds)
                         write_lines(_marker(folder, batch, drawn.start), rows)
                         kept += 1
-                        bar.update(len(rows))
+                        at("", min(kept * generator.batch, len(slots)), len(slots))
     done = [read_lines(_marker(folder, batch, start), AugmentedImage) for start in starts]
     return [row for rows in done for row in rows], batch
 

@@ -17,6 +17,7 @@ class RuntimeSettings(Frozen):
         shards: where images are drawn: in this ``process``, or on a ``ray`` cluster.
         address: of a Ray cluster that runs; None for one of this machine, for as long as the run lasts.
         workers: shards under way at once on this machine's own cluster; None: one for each core.
+        gpu_runs: experiments that may use one GPU of this machine at once, the others wait; None: no limit.
         gpus_per_shard: GPUs that a shard takes where the cluster has any; 0.5 puts two on one.
     """
 
@@ -26,6 +27,7 @@ class RuntimeSettings(Frozen):
     state: Path
     runs: Path
     replace: bool = False
+    gpu_runs: int | None = Field(default=1, ge=1)
     shards: Literal["process", "ray"] = "process"
     address: str | None = None
     workers: int | None = Field(default=None, ge=1)

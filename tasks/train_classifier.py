@@ -25,7 +25,12 @@ from tasks.store import StageFolder
 VERSION = 1
 
 
-@task(name="train_classifier", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="train_classifier",
+    task_run_name="train_classifier · session {context.session} · epoch {context.epoch}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def train_classifier(context: EpochContext, learner: LearnerSettings) -> StageRecord[Training]:
     """Fit the classifier on the originals and A_k for one epoch of the paper's loop."""
     seed = seed_for(context.seed, context.session, context.epoch, "train_classifier")

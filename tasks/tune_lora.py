@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from tqdm import tqdm
 
 from tasks.augmentation import AugmenterSettings
 from tasks.context import EpochContext
@@ -26,6 +25,7 @@ from tasks.loading import (
     generator_identity,
     original_paths,
 )
+from tasks.progress import stage_bar
 from tasks.records import (
     ArtifactRef,
     AugmentedImage,
@@ -42,7 +42,12 @@ from tasks.store import StageFolder, read_lines
 VERSION = 2  # 2: a centre is contrasted with the failures that it was compared with
 
 
-@task(name="tune_lora", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="tune_lora",
+    task_run_name="tune_lora · session {context.session} · epoch {context.epoch}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def tune_lora(
     context: EpochContext,
     mining: Mining,
@@ -63,15 +68,15 @@ def tune_lora(
                 adapter=None, updates=0, series={}, steps_drawn=(), skipped_because="no failure to learn from"
             )
         model = generator_for(context, generator, start.adapter)
-        title = f"session {context.session} epoch {context.epoch}: tuning"
-        with tqdm(total=tuning.updates, desc=title, unit="update", disable=None, leave=False) as bar:
+        place = f"session {context.session} epoch {context.epoch}"
+        with stage_bar("tuning", place, "update", tuning.updates) as at:
             result = tune(
                 model,
                 examples,
                 tuning,
                 steps_rule=rule,
                 seed=seed,
-                progress=lambda done, _total: bar.update(done - bar.n),
+                progress=lambda done, total: at("", done, total),
             )
         adapters.save(model.unet, work.path / "adapter")
         return Tuning(

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from tqdm import tqdm
 
 from tasks.augmentation import AugmenterSettings
 from tasks.context import EpochContext
@@ -24,6 +23,7 @@ from tasks.loading import (
     vlm_digest,
     vlm_for,
 )
+from tasks.progress import stage_bar
 from tasks.records import Cluster, Comparing, FailurePair, ImageRef, Mining, StageRecord, Verdict
 from tasks.store import StageFolder, read_lines, write_lines
 from tasks.vlm.cassette import write_transcript
@@ -33,7 +33,12 @@ from tasks.vlm.coordinator import Coordinator, PairToJudge
 VERSION = 2  # 2: with fixed prompts no rewriting is asked for
 
 
-@task(name="vlm_compare", cache_policy=NO_CACHE, persist_result=False)
+@task(
+    name="vlm_compare",
+    task_run_name="vlm_compare · session {context.session} · epoch {context.epoch}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
 def vlm_compare(
     context: EpochContext,
     mining: Mining,
@@ -47,13 +52,9 @@ def vlm_compare(
     def compute(work: StageFolder) -> Comparing:
         rewrites = augmenter.prompts == "rewritten"
         fits = generator_for(context, generator, context.start.adapter).fits if rewrites else None
-        with tqdm(
-            desc=f"session {context.session} epoch {context.epoch}: VLM", disable=None, leave=False
-        ) as bar:
+        with stage_bar("comparing", f"session {context.session} epoch {context.epoch}", "answer") as at:
             result = Coordinator(vlm_for(context, vlm, vlm_url), vlm).judge_all(
-                _pairs(context, mining),
-                fits,
-                lambda phase, done, total: bar.set_postfix_str(f"{phase} {done}/{total}"),
+                _pairs(context, mining), fits, at
             )
         clusters = read_lines(context.store.locate(mining.clusters), Cluster)
         verdicts = _inherited(result.verdicts, clusters)
