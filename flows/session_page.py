@@ -83,10 +83,8 @@ def _result(session: SessionRecord) -> str:
 
 
 def _epoch_table(epochs: Sequence[EpochRecord]) -> str:
-    head = (
-        "epoch", "validation", "generated read rightly", "failures", "verdicts: semantic", "detail", "unparsed",
-        "prompts changed", "images drawn",
-    )  # fmt: skip
+    verdicts = "verdicts: semantic / detail / unread"
+    head = ("epoch", "validation", "generated", "failures", verdicts, "prompts changed", "drawn")
     rows = [_row(record) for record in epochs]
     lines = [head, ["---:"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -95,20 +93,19 @@ def _epoch_table(epochs: Sequence[EpochRecord]) -> str:
 def _row(record: EpochRecord) -> list[str]:
     out = record.evaluate.output
     mined = str(sum(record.mine.output.failures.values())) if record.mine else ""
-    verdicts = [""] * 4
+    verdicts = changed = ""
     if record.compare:
         said = record.compare.output
-        verdicts = [str(n) for n in (said.semantic, said.detail, said.unparsed, said.rewritten)]
+        verdicts, changed = f"{said.semantic} / {said.detail} / {said.unparsed}", str(said.rewritten)
     drawn = str(record.regenerate.output.count) if record.regenerate else ""
-    return [
-        str(record.epoch), _counted(out.validation), _counted(out.augmented), mined, *verdicts, drawn
-    ]  # fmt: skip
+    counted = [_counted(out.validation), _counted(out.augmented)]
+    return [str(record.epoch), *counted, mined, verdicts, changed, drawn]
 
 
 def _counted(accuracy: SessionAccuracy) -> str:
     total = sum(count.total for count in accuracy.counts)
     right = sum(count.correct for count in accuracy.counts)
-    return f"{right}/{total} ({right / total:.1%})" if total else ""
+    return f"{right}/{total} ({right / total:.0%})" if total else ""
 
 
 # ------------------------------------------------------------------------------------------ pictures and prompts

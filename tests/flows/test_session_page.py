@@ -34,7 +34,7 @@ def test_it_says_what_the_records_say(tmp_path: Path) -> None:
     accuracy = "**Test accuracy 66.7%**, base 75.0%, novel 50.0%, after 2 epochs"
     assert accuracy in page, page[:300]
     rows = [line for line in page.splitlines() if re.match(r"\| \d", line)]
-    assert [line.split(" | ")[4:] for line in rows] == [["2", "1", "1", "2", "6 |"], ["", "", "", "", " |"]]
+    assert [line.split(" | ")[4:] for line in rows] == [["2 / 1 / 1", "2", "6 |"], ["", "", " |"]]
     assert page.index("`A_0`, 6 images") < page.index("`A_1`, 6 images")
     assert len(pictures_in(page)) == 2
     assert page.endswith("- here")
