@@ -13,6 +13,7 @@
     fscil profile <name>                                                 what `dvc repro` runs: miniature or paper
     fscil data | settings | cell ...                                     the stages of dvc.yaml
     fscil restore <run | path | digest> [--to folder]                    bring back what DVC keeps of a run
+    fscil track [run ...] [tracking.uri=...]                             write MLflow again from the records
     fscil gc [--delete] [--days 7]                                       what no run names any more; shown before it goes
     fscil up [--prefect-port 4200] [--mlflow-port 5000] [--runs 1]       Prefect server, worker, MLflow UI, deployments
     fscil down                                                           end them
@@ -41,7 +42,7 @@ from flows.cli import (
     quieten,
     terminable,
 )
-from flows.commands import cell, data, gc, profile, restore, settings
+from flows.commands import cell, data, gc, profile, restore, settings, track
 
 SWEPT = ("dataset", "method", "seed")
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {"replay": _replay, "trace": _trace, "report": _report, "study": _study, "windows": _windows}
     commands |= {"learners": _learners, "up": _up, "down": _down}
     commands |= {"data": data, "settings": settings, "cell": cell, "profile": profile}
-    commands |= {"restore": restore, "gc": gc}
+    commands |= {"restore": restore, "gc": gc, "track": track}
     try:
         with terminable():
             return commands[arguments[0]](arguments[1:]) if arguments[0] in commands else _run(arguments)

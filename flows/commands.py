@@ -106,3 +106,25 @@ def gc(arguments: Sequence[str]) -> int:
     except known_errors() as error:
         return fail(error, EXIT_FAILED)
     return 0
+
+
+def track(arguments: Sequence[str]) -> int:
+    """``fscil track``: write MLflow again from the records."""
+    from flows.config import load_config
+    from flows.track import track as write
+
+    parser = argparse.ArgumentParser("fscil track", description="Write MLflow again from the records.")
+    parser.add_argument(
+        "keys", nargs="*", help="runs such as digits/guided/seed-0 (all by default), tracking.uri=..."
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="results folder, runs by default")
+    parser.add_argument("--state", type=Path, default=Path(".fscil"), help="state folder, .fscil by default")
+    chosen = parser.parse_args(arguments)
+    try:
+        settings = load_config([key for key in chosen.keys if "=" in key]).tracking
+        keys = [key for key in chosen.keys if "=" not in key]
+        for told in write(chosen.runs, chosen.state, settings, keys):
+            print(told.sentence(), flush=True)
+    except known_errors() as error:
+        return fail(error, EXIT_FAILED)
+    return 0

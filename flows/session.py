@@ -82,7 +82,7 @@ def run_session(
     session = _sealed(context, index, learned, test)
     write_json(folder / "record.json", session)
     versions.keep()
-    tracker.session(session)
+    tracker.session(session, folder, context.class_names)
     say(session_line(session))
     show_session(config, session, learned.epochs, folder)
     return session

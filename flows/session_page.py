@@ -27,6 +27,10 @@ SHEETS, TILES = 8, 24  # sheets of a page; pictures of a sheet
 SIDES = (64, 48, 32, 24)  # of a tile, in pixels; the first with which a sheet fits
 PROMPTS, PROMPT_LENGTH = 3, 200  # of an epoch; in characters
 
+_LEGEND = (
+    "Validation and generated: images that the classifier reads rightly. Verdicts: semantic / detail / unread. "
+    "Rewritten: prompts. Drawn: images for the next epoch."
+)
 _MARK = re.compile(r"([!-/:-@\[-`{-~])")
 
 
@@ -83,11 +87,10 @@ def _result(session: SessionRecord) -> str:
 
 
 def _epoch_table(epochs: Sequence[EpochRecord]) -> str:
-    verdicts = "verdicts: semantic / detail / unread"
-    head = ("epoch", "validation", "generated", "failures", verdicts, "prompts changed", "drawn")
+    head = ("epoch", "validation", "generated", "failures", "verdicts", "rewritten", "drawn")
     rows = [_row(record) for record in epochs]
     lines = [head, ["---:"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{_LEGEND}"
 
 
 def _row(record: EpochRecord) -> list[str]:

@@ -6,7 +6,8 @@ One parent run an experiment (dataset, method, seed), one child a session, one s
     child    ``train/*  evaluate/*  mine/*  compare/*  tune/*  regenerate/*  seconds/*`` with step = epoch,
              ``images/class~<name>`` (a grid of A_k for each class, which the UI shows as a series),
              ``tables/prompts_epoch_<k>.json`` of A_k and ``tables/verdicts_epoch_<k>.json`` on it,
-             ``adapter/epoch-<k>``, tags ``dvc.md5.e<k>.<artifact>``
+             ``adapter/epoch-<k>``, tags ``dvc.md5.e<k>.<artifact>``, ``confusion/test.png``, its training data as input
+    model    ``fscil-<dataset>-<method>``: a version for the adapter that each session ended with, tag ``dvc.md5``
 
 Every call may be made again, after a kill or on a finished run, and adds nothing twice: runs are found by
 their ``fscil.key`` tag, points carry the time at which their stage was sealed (MLflow keeps one of two equal
@@ -21,7 +22,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -30,12 +31,14 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator
 
+from tasks.confusion import confusion_matrix, confusion_table, draw_confusion
 from tasks.records import (
     AugmentationSet,
     AugmentedImage,
     EpochRecord,
     ExperimentRecord,
     Frozen,
+    Prediction,
     Provenance,
     SessionRecord,
     StageRecord,
@@ -69,6 +72,7 @@ log = logging.getLogger("fscil.tracking")
 KEY_TAG = "fscil.key"
 ERROR_TAG = "fscil.error"
 TABLES_TAG = "mlflow.loggedArtifacts"
+_ADAPTER_TAG = re.compile(r"dvc\.md5\.e(\d+)\.adapter")
 _TAG_LIMIT = 8000  # characters of a tag's value, as MLflow's databases hold them
 
 
@@ -176,20 +180,20 @@ class Tracker:
             self.fail(error)
 
     @_guarded
-    def start(self, config: Mapping[str, object], origin: Provenance) -> None:
+    def start(self, config: Mapping[str, object], origin: Provenance | None) -> None:
         """Find the run of this key and these settings, or create it; set it running unless it has finished.
 
         Args:
             config: the settings that make the result, nested; shown as params, and their digest is part of
                 the key. A param that is already there keeps its value, as MLflow demands.
-            origin: who and what makes the run; shown as tags, overwritten on every start.
+            origin: who and what makes the run, where it is known; shown as tags, overwritten on every start.
         """
         self._key = f"{self.run_key}@{content_id(json.dumps(config, sort_keys=True, default=str))[:12]}"
         self._experiment_id = self._open_experiment()
         run = self._find_or_create(self._key, self.run_key, {"fscil.run": self.run_key})
         self.run_id = run.info.run_id
         self._log_params(run, flat(config))
-        self._log(self.run_id, tags=provenance_tags(origin))
+        self._log(self.run_id, tags=provenance_tags(origin) if origin else {})
         self._reopen(run)
 
     @_guarded
@@ -219,6 +223,8 @@ class Tracker:
         if child.data.tags.get(mark) == digest:
             return
         self._log(child.info.run_id, self._epoch_points(child, record))
+        if record.epoch == 0:
+            self._log_data(child, record)
         if record.compare is not None:
             verdicts = read_lines(folder / record.compare.output.verdicts.name, Verdict)
             self._log_table(
@@ -232,13 +238,21 @@ class Tracker:
         self._log(child.info.run_id, tags=digest_tags(record) | {mark: digest})
 
     @_guarded
-    def session(self, record: SessionRecord) -> None:
-        """Log a sealed session: test accuracies on its run, and on the parent with step = session."""
+    def session(self, record: SessionRecord, folder: Path, class_names: Sequence[str]) -> None:
+        """Log a sealed session: test accuracies on its run, and on the parent with step = session.
+
+        Args:
+            record: the session.
+            folder: its results folder.
+            class_names: of all classes of the benchmark.
+        """
         child = self._child(record.session)
         metrics, last = accuracy_metrics(record.test.output.accuracy), max(record.epochs - 1, 0)
         ended = self._ended(record.test)
         for run_id, step in ((child.info.run_id, last), (self._parent, record.session)):
             self._log(run_id, self._points(run_id, metrics, step, ended))
+        self._log_confusion(child, record, folder, class_names)
+        self._register(child, record)
         self._log(child.info.run_id, tags={"fscil.converged_because": record.converged_because})
         self._end(child.info.run_id, "FINISHED")
 
@@ -253,12 +267,19 @@ class Tracker:
         """End the parent and its open sessions as FAILED (KILLED on an interrupt), the error in a tag."""
         if self.run_id is None:
             return
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         self._log(self.run_id, tags={ERROR_TAG: f"{type(error).__name__}: {_first_line(error)}"[:500]})
-        for child in self._search(f"tags.`mlflow.parentRunId` = '{self.run_id}'"):
+        self._stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+
+    @_guarded
+    def stop(self) -> None:
+        """End the parent and its open sessions as KILLED: the run stopped before its end, nobody knows why."""
+        self._stop("KILLED")
+
+    def _stop(self, status: str) -> None:
+        for child in self._search(f"tags.`mlflow.parentRunId` = '{self._parent}'"):
             if child.info.status == "RUNNING":
                 self._end(child.info.run_id, status)
-        self._end(self.run_id, status)
+        self._end(self._parent, status)
 
     # ---------------------------------------------------------------- runs
 
@@ -376,6 +397,57 @@ class Tracker:
             self._client.log_artifacts(child.info.run_id, work, "images")
         self._log_table(child, f"prompts_epoch_{images.epoch:03d}.json", prompt_table(rows))
         self._log(child.info.run_id, tags={"mlflow.loggedImages": "True", mark: images.images.digest})
+
+    def _log_confusion(
+        self, child: "Run", record: SessionRecord, folder: Path, class_names: Sequence[str]
+    ) -> None:
+        """Which class was taken for which in the test, as a picture and a table."""
+        tested = record.test.output
+        if child.data.tags.get("dvc.md5.test.predictions") == tested.predictions.digest:
+            return
+        rows = read_lines(folder / "test" / tested.predictions.name, Prediction)
+        counts = confusion_matrix(rows, len(class_names))
+        title = f"{self.run_key}, session {record.session}: {tested.accuracy.overall:.1%} of the test right"
+        with tempfile.TemporaryDirectory() as work:
+            Path(work, "test.png").write_bytes(draw_confusion(counts, class_names, title))
+            self._client.log_artifacts(child.info.run_id, work, "confusion")
+        self._log_table(child, "confusion_test.json", confusion_table(counts, class_names))
+        self._log(child.info.run_id, tags={"dvc.md5.test.predictions": tested.predictions.digest})
+
+    def _register(self, child: "Run", record: SessionRecord) -> None:
+        """Make the adapter that the session ended with a version of the method's model, if it tuned one."""
+        from mlflow.exceptions import MlflowException
+
+        digest = record.end.adapter.digest if record.end.adapter else None
+        tags = self._client.get_run(child.info.run_id).data.tags
+        tuned = [name for name, value in tags.items() if _ADAPTER_TAG.fullmatch(name) and value == digest]
+        if digest is None or not tuned:
+            return
+        model = plain("-".join(["fscil", *self.run_key.split("/")[:2]]))
+        try:
+            self._client.get_registered_model(model)
+        except MlflowException:
+            self._client.create_registered_model(model, description="LoRA adapters, one a session")
+        known = self._client.search_model_versions(f"name = '{model}'")
+        if any(version.run_id == child.info.run_id for version in known):
+            return
+        epoch = _ADAPTER_TAG.fullmatch(tuned[-1])[1]  # type: ignore[index]
+        self._client.create_model_version(
+            model,
+            source=f"{child.info.artifact_uri}/adapter/epoch-{epoch}",
+            run_id=child.info.run_id,
+            tags={"dvc.md5": digest, "fscil.run": self.run_key, "fscil.session": str(record.session)},
+        )
+
+    def _log_data(self, child: "Run", record: EpochRecord) -> None:
+        """The session's training data as an input of its run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        digest = record.train.inputs["session"]
+        dataset, number = self.run_key.split("/", 1)[0], f"session {record.session}"
+        data = Dataset(f"{dataset}, {number}", str(digest)[:36], "local", json.dumps({"dataset": dataset}))
+        tags = [InputTag("mlflow.data.context", "training"), InputTag("dvc.md5", str(digest))]
+        self._client.log_inputs(child.info.run_id, [DatasetInput(data, tags)])
 
     def _logged_at(self, child: "Run", epoch: int) -> int | None:
         """The time in the names of an epoch's sheets, if some are there already."""

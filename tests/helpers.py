@@ -222,7 +222,8 @@ def _epoch(
 def _stage(
     made: FabricatedRun, stage: str, at: tuple[int, int], output: type, compute: Callable
 ) -> StageRecord:
-    inputs: Mapping[str, Digest | None] = {"run": Digest(made.run), "at": Digest(f"{at[0]}/{at[1]}")}
+    session, place = Digest(f"{at[0]:032x}"), Digest(f"{at[0]}/{at[1]}")
+    inputs: Mapping[str, Digest | None] = {"run": Digest(made.run), "at": place, "session": session}
     return made.store.run(
         stage, 1, settings={"x": 1}, inputs=inputs, seed=made.seed, output=output, compute=compute
     )
@@ -261,7 +262,13 @@ def _evaluate(made: FabricatedRun, session: int, epoch: int, names: tuple[str, .
 
 def _test(made: FabricatedRun, session: int, correct: tuple[int, ...]) -> StageRecord:
     def compute(work: StageFolder) -> TestEvaluation:
-        _write(work, "predictions.jsonl", "")
+        seen = len(correct)
+        rows = [
+            Prediction(image_id=f"t{c}-{i}", label=c, predicted=c if i < n else (c + 1) % seen, margin=0.1)
+            for c, n in enumerate(correct)
+            for i in range(TESTED)
+        ]
+        write_lines(work.path / "predictions.jsonl", rows)
         counts = tuple(ClassCount(label=c, correct=n, total=TESTED) for c, n in enumerate(correct))
         return TestEvaluation(
             predictions=work.ref("predictions.jsonl", "predictions"),

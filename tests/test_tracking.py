@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from PIL import Image
 from pydantic import ValidationError
 
-from tasks.store import StoreError
+from tasks.store import StoreError, digest_of
 from tasks.tracked import contact_sheet, flat, provenance_tags, stage_metrics, verdict_table
 from tasks.tracking import ERROR_TAG, Tracker, TrackingSettings, run_tags
 from tests.helpers import PROVENANCE, FabricatedRun, fabricate_run
@@ -62,7 +62,7 @@ def tell(
         for record in made.epochs:
             if record.session == done.session:
                 tracker.epoch(record, made.epoch_folder(record))
-        tracker.session(done)
+        tracker.session(done, made.session_folder(done.session), made.experiment.class_names)
     if finish and made.experiment is not None:
         tracker.finish(made.experiment)
     return tracker
@@ -181,6 +181,7 @@ def test_tables_open_as_mlflow_tables(told: Told) -> None:
     _, _, seen = told
     child = seen.children[1]
     assert seen.files(child, "tables") == [
+        "tables/confusion_test.json",
         "tables/prompts_epoch_000.json",
         "tables/prompts_epoch_001.json",
         "tables/verdicts_epoch_000.json",
@@ -203,6 +204,39 @@ def test_the_adapter_is_an_artifact_with_dvcs_digest(told: Told) -> None:
     assert tuned.output.adapter is not None
     assert child.data.tags["dvc.md5.e000.adapter"] == tuned.output.adapter.digest
     assert child.data.tags["dvc.md5.e001.images"] == made.epochs[0].next.augmentation.images.digest  # type: ignore[union-attr]
+
+
+def test_each_sessions_test_has_its_confusion_matrix(told: Told) -> None:
+    _, made, seen = told
+    for child, record in zip(seen.children, made.sessions, strict=True):
+        assert seen.files(child, "confusion") == ["confusion/test.png"]
+        table = json.loads(seen.read(child, "tables/confusion_test.json"))
+        cells = {row[0]: dict(zip(table["columns"], row, strict=True)) for row in table["data"]}
+        for count in record.test.output.accuracy.counts:
+            name = made.experiment.class_names[count.label]
+            assert cells[name][name] == count.correct
+            assert sum(v for k, v in cells[name].items() if k != "true class") == count.total
+
+
+def test_the_adapter_of_each_session_is_a_version_of_the_methods_model(told: Told) -> None:
+    _, made, seen = told
+    versions = sorted(
+        seen.client.search_model_versions("name = 'fscil-digits-guided'"), key=lambda v: int(v.version)
+    )
+    assert [v.tags["fscil.session"] for v in versions] == ["0", "1"]
+    for version, record, child in zip(versions, made.sessions, seen.children, strict=True):
+        assert record.end.adapter is not None
+        assert version.tags["dvc.md5"] == record.end.adapter.digest
+        assert version.run_id == child.info.run_id
+        folder = Path(version.source.removeprefix("file://"))
+        assert digest_of(folder) == record.end.adapter.digest
+
+
+def test_training_data_are_inputs_of_their_session(told: Told) -> None:
+    for child, number in zip(told[2].children, (0, 1), strict=True):
+        (given,) = child.inputs.dataset_inputs
+        assert given.dataset.name == f"digits, session {number}"
+        assert {tag.key: tag.value for tag in given.tags}["mlflow.data.context"] == "training"
 
 
 def test_telling_it_all_again_changes_nothing(settings: TrackingSettings, made: FabricatedRun) -> None:
@@ -276,7 +310,8 @@ def test_a_method_without_generator_has_metrics_alone(settings: TrackingSettings
     made = fabricate_run(tmp_path, method="finetune")
     tell(settings, made)
     seen = Seen(settings)
-    assert seen.files(seen.children[0]) == []
+    assert seen.files(seen.children[0]) == ["confusion/test.png", "tables/confusion_test.json"]
+    assert seen.client.search_registered_models() == []
     assert set(stage_metrics(made.epochs[0])) == {"train", "evaluate"}
     assert seen.points(seen.children[0], "test/accuracy") == {1: 0.85}
 

@@ -53,7 +53,7 @@ def test_what_the_vlm_wrote_is_shown_as_it_is(tmp_path: Path) -> None:
 def test_a_method_that_draws_nothing_has_numbers_only(tmp_path: Path) -> None:
     page = page_of(fabricate_run(tmp_path, method="finetune"), 0)
     assert "Test accuracy" in page
-    assert "Drawn" not in page
+    assert "### Drawn" not in page
     assert "rewrote" not in page
 
 

@@ -1,0 +1,86 @@
+"""MLflow written again from the records holds what the run itself wrote."""
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from flows.config import load_config
+from flows.track import track
+from tasks.tracking import TrackingSettings
+from tests.conftest import Place
+
+
+def settings_at(place: Path) -> TrackingSettings:
+    overrides = [f"tracking.uri=sqlite:///{place}/mlflow.db", f"tracking.artifacts={place}/mlartifacts"]
+    return load_config(overrides).tracking
+
+
+def content(place: Path) -> dict[str, set[tuple[object, ...]]]:
+    """Points with their times, statuses, tags but for who wrote them, and files with their sizes."""
+    with sqlite3.connect(place / "mlflow.db") as database:
+        points = database.execute(
+            "select name, key, step, value, timestamp from metrics join runs using (run_uuid) "
+            "where key not like 'result/%' and key not like 'budget/%'"
+        ).fetchall()
+        statuses = database.execute("select name, status from runs").fetchall()
+        tags = database.execute(
+            "select name, key, value from tags join runs using (run_uuid) "
+            "where key not like 'mlflow.%' and key not like 'command'"
+        ).fetchall()
+        models = database.execute("select name, version from model_versions").fetchall()
+    files = [p for p in (place / "mlartifacts").rglob("*") if p.is_file()]
+    named = {(*p.relative_to(place / "mlartifacts").parts[1:], p.stat().st_size) for p in files}
+    return {
+        "points": set(points), "statuses": set(statuses), "tags": set(tags), "models": set(models), "files": named,
+    }  # fmt: skip
+
+
+def test_what_is_written_again_is_what_was_written(finished: Place, tmp_path: Path) -> None:
+    (told,) = track(finished.root / "runs", finished.root / "state", settings_at(tmp_path))
+    assert told.sentence() == "digits/guided/seed-0: 3 sessions, 6 epochs, finished"
+    before, after = content(finished.root), content(tmp_path)
+    for name in ("points", "statuses", "tags", "models", "files"):
+        assert after[name] == before[name], name
+    assert len(after["points"]) > 100
+    list(track(finished.root / "runs", finished.root / "state", settings_at(tmp_path)))
+    assert content(tmp_path) == after, "a second time adds nothing"
+
+
+def test_a_run_that_stopped_before_its_end_says_so(finished: Place, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(finished.root / "runs", runs)
+    (runs / "digits" / "guided" / "seed-0" / "experiment.json").unlink()
+    shutil.rmtree(runs / "digits" / "guided" / "seed-0" / "session-02" / "test")
+    (runs / "digits" / "guided" / "seed-0" / "session-02" / "record.json").unlink()
+    (told,) = track(runs, tmp_path / "no state", settings_at(tmp_path))
+    assert told.status == "stopped before its end"
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert {run.info.run_name: run.info.status for run in found} == {
+        "digits/guided/seed-0": "KILLED", "session-00": "FINISHED", "session-01": "FINISHED", "session-02": "KILLED",
+    }  # fmt: skip
+
+
+def test_a_run_that_is_not_there(finished: Place, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run digits/vlm/seed-9; it has digits/guided/seed-0"):
+        list(track(finished.root / "runs", tmp_path, settings_at(tmp_path), ["digits/vlm/seed-9"]))
+    with pytest.raises(ValueError, match="holds no run; start one with"):
+        list(track(tmp_path / "empty", tmp_path, settings_at(tmp_path)))
+
+
+def test_plain_diffusers_loads_a_registered_adapter(finished: Place, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from flows.config import PROJECT
+
+    client = MlflowClient(f"sqlite:///{finished.root}/mlflow.db")
+    version = client.search_model_versions("name = 'fscil-digits-guided'")[0]
+    folder = Path(version.source.removeprefix("file://"))
+    path = load_config([]).generator.path
+    pipeline = StableDiffusionPipeline.from_pretrained(PROJECT / path, safety_checker=None)
+    pipeline.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
+    assert pipeline.get_active_adapters()
+    assert any("lora_A" in name for name, _ in pipeline.unet.named_parameters())
