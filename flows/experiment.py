@@ -35,7 +35,7 @@ from tasks.records import (
     StageRecord,
     Usage,
 )
-from tasks.store import StageFolder, Store, read_json, write_json
+from tasks.store import StageFolder, Store, clear_leftovers, read_json, write_json
 from tasks.tracking import Tracker
 from tasks.versions import RunVersions
 from tasks.vlm.factory import check_vlm
@@ -137,6 +137,11 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
     benchmark = preflight(config)
     store, folder = Store(config.runtime.state), config.runtime.runs / config.run_key
     with _held(store, config.run_key):
+        clear_leftovers(folder.rglob(".*.tmp"))
+        clear_leftovers(folder.parent.glob(f".{folder.name}.*.tmp"))  # of the pointer beside it
+        clear_leftovers(
+            path for name in ("vlm", "images_api", "runs") for path in (store.root / name).rglob(".*.tmp")
+        )
         split = seal_split(store, config, benchmark)
         with ExitStack() as stack:
             stack.enter_context(gpu_held(config.runtime, say))

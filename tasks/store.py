@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import socket
 import time
@@ -126,6 +127,27 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def clear_leftovers(paths: Iterable[Path]) -> None:
+    """Remove, of some temporaries, those that no living process of this machine is writing."""
+    for path in list(paths):
+        owner = re.search(r"\.(\d+)(\.\d+)?\.tmp$", path.name)
+        if owner is None or not _lives(int(owner[1])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
 
 
 def write_json(path: Path, value: BaseModel | Mapping[str, object]) -> None:

@@ -6,12 +6,11 @@
 
 A pointer is what ``dvc add`` would have written: git keeps it, ``dvc push`` and ``dvc pull`` carry what it names. It
 is written after each sealed epoch by the run itself, however the run was started. Objects have their content's
-name and appear whole by a rename or a link, so runs at once need no lock. DVC itself is imported only to find its
+name and are links to files that are whole already, so runs at once need no lock. DVC itself is imported only to find its
 cache and to reach a remote.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -83,9 +82,11 @@ class Versions:
         if not entries:
             raise StoreError(f"{folder} is empty: there is nothing to keep")
         digest, text = directory_object([entry.model_dump() for entry in entries])
-        if not (listing := self._object(digest)).exists():
+        if not self._object(digest).exists():
+            listing = folder.with_name(f".{folder.name}.listing.tmp")  # where only this run writes
             write_atomic(listing, text)
-            listing.chmod(_READ_ONLY)
+            self._put(listing, self._object(digest))
+            listing.unlink()
         pointer = pointer_of(folder)
         if not pointer.is_file() or read_pointer(pointer).digest != digest:
             out = {"md5": digest, "size": size, "nfiles": len(entries), "hash": "md5", "path": folder.name}
@@ -117,22 +118,19 @@ class Versions:
         stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
         if (known := self._known.get(file)) is None or known[0] != stamp:
             known = (stamp, digest_of(file))
-            self._put(file, self._object(known[1]), status.st_size)
+            self._put(file, self._object(known[1]))
             self._known[file] = known
         return known[1]
 
     @staticmethod
-    def _put(file: Path, target: Path, size: int) -> None:
-        if target.exists() and target.stat().st_size == size:
-            return
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        temporary.unlink(missing_ok=True)
-        try:
-            link(file, temporary)
-            temporary.chmod(_READ_ONLY)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)  # a rename between two names of one file leaves both
+    def _put(file: Path, target: Path) -> None:
+        """Make a file an object, by a second name at once, so that a kill leaves a whole object or none."""
+        if target.exists():
+            if target.stat().st_size == file.stat().st_size:
+                return
+            target.unlink()  # cut short by a copy that never ended
+        file.chmod(_READ_ONLY)
+        link(file, target)
 
     def _object(self, digest: Digest) -> Path:
         return self._cache / digest[:2] / digest[2:]

@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tasks.store import (
     StoreError,
     artifacts_of,
     canonical,
+    clear_leftovers,
     digest_of,
     export,
     fingerprint,
@@ -257,3 +260,20 @@ def test_an_attached_run_folder_serves_when_the_state_is_gone(tmp_path: Path) ->
     elsewhere.attach(record, target)
     assert (elsewhere.locate(record.output.file) / "a.txt").read_text() == "hello"
     elsewhere.verify(artifacts_of(record))
+
+
+def test_temporaries_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = (
+        f".a.json.{dead.pid}.tmp",
+        f".b.json.{os.getpid()}.tmp",
+        f".c.{os.getpid()}.77.tmp",
+        ".epoch-000.tmp",
+    )
+    for name in names[:3]:
+        (tmp_path / name).write_text("half")
+    (tmp_path / names[3] / "images").mkdir(parents=True)
+    (tmp_path / "whole.json").write_text("{}")
+    clear_leftovers(tmp_path.rglob(".*.tmp"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:3], "whole.json"])
