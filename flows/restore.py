@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tasks.records import AugmentationSet, EpochRecord, Frozen, SessionRecord, StageRecord
+from tasks.records import AugmentationSet, Digest, EpochRecord, Frozen, SessionRecord, StageRecord
 from tasks.store import StoreError
 from tasks.tracked import STAGES
 from tasks.versions import Pointer, Versions, below, find, pointer_of, read_pointer
@@ -98,7 +98,7 @@ def _by_digest(versions: Versions, digest: str) -> tuple[Pointer, str]:
         if pointer.digest == digest:
             return pointer, ""
     for pointer in pointers:
-        if (part := find(versions.entries(pointer.digest), digest)) is not None:  # type: ignore[arg-type]
+        if (part := find(versions.entries(pointer.digest), Digest(digest))) is not None:
             return pointer, part
     raise StoreError(f"none of {len(pointers)} kept runs has anything of digest {digest}")
 

@@ -420,7 +420,7 @@ class Tracker:
 
         digest = record.end.adapter.digest if record.end.adapter else None
         tags = self._client.get_run(child.info.run_id).data.tags
-        tuned = [name for name, value in tags.items() if _ADAPTER_TAG.fullmatch(name) and value == digest]
+        tuned = [m for name, value in tags.items() if value == digest and (m := _ADAPTER_TAG.fullmatch(name))]
         if digest is None or not tuned:
             return
         model = plain("-".join(["fscil", *self.run_key.split("/")[:2]]))
@@ -431,10 +431,9 @@ class Tracker:
         known = self._client.search_model_versions(f"name = '{model}'")
         if any(version.run_id == child.info.run_id for version in known):
             return
-        epoch = _ADAPTER_TAG.fullmatch(tuned[-1])[1]  # type: ignore[index]
         self._client.create_model_version(
             model,
-            source=f"{child.info.artifact_uri}/adapter/epoch-{epoch}",
+            source=f"{child.info.artifact_uri}/adapter/epoch-{tuned[-1][1]}",
             run_id=child.info.run_id,
             tags={"dvc.md5": digest, "fscil.run": self.run_key, "fscil.session": str(record.session)},
         )
