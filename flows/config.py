@@ -29,7 +29,7 @@ from tasks.runtime import RuntimeSettings
 from tasks.settings import added_later
 from tasks.similarity.selection import MiningSettings
 from tasks.store import read_json
-from tasks.tracking import TrackingSettings
+from tasks.tracking_runs import TrackingSettings
 from tasks.vlm.client import VlmSettings
 from tasks.vlm.images_api import ImagesApiSettings
 from tasks.vlm.transport import PACING

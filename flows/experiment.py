@@ -158,6 +158,7 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
             write_json(store.root / "runs" / config.run_key / "provenance.json", origin)
             tracker = stack.enter_context(Tracker.of(config.tracking, store, config.run_key))
             tracker.start(config.identity, origin)
+            tracker.watch_machine()
             stack.enter_context(shards_on(config.runtime))
             versions = RunVersions(folder, origin.model_dump(mode="json"))
             sessions = _run_sessions(config, split.output, folder, vlm_url, tracker, versions)

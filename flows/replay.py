@@ -27,7 +27,7 @@ from tasks.diffusion.generator import GeneratorSettings
 from tasks.provenance import versions
 from tasks.records import ArtifactRef, Frozen, Provenance, StageRecord
 from tasks.store import Store, StoreError, artifacts_of
-from tasks.tracking import run_tags
+from tasks.tracking_runs import run_tags
 from tasks.vlm.transport import VlmError
 
 REPLAY_FORMAT = 1

@@ -20,7 +20,7 @@ from tasks.records import (
 )
 from tasks.store import read_lines
 from tasks.tracked import by_class, class_of, contact_sheet
-from tasks.tracking import TrackingSettings
+from tasks.tracking_runs import TrackingSettings
 
 ROOM = 96_000
 SHEETS, TILES = 8, 24  # sheets of a page; pictures of a sheet

@@ -12,7 +12,8 @@ from filelock import Timeout
 from flows.lineage import INITIAL, RunFolder, read_record
 from tasks.records import ExperimentRecord, Frozen, SessionRecord
 from tasks.store import Store, read_json
-from tasks.tracking import Tracker, TrackingSettings
+from tasks.tracking import Tracker
+from tasks.tracking_runs import TrackingSettings
 
 
 class Tracked(Frozen):

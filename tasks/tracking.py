@@ -2,46 +2,44 @@
 
 One parent run an experiment (dataset, method, seed), one child a session, one step an epoch:
 
-    parent   params, ``test/*`` with step = session, ``result/*`` (A_base, A_last, A_avg, PD), ``budget/*``
+    parent   params, ``test/*`` with step = session, ``result/*`` (A_base, A_last, A_avg, PD), ``budget/*``, ``system/*``
     child    ``train/*  evaluate/*  mine/*  compare/*  tune/*  regenerate/*  seconds/*`` with step = epoch,
              ``images/class~<name>`` (a grid of A_k for each class, which the UI shows as a series),
              ``tables/prompts_epoch_<k>.json`` of A_k and ``tables/verdicts_epoch_<k>.json`` on it,
              ``adapter/epoch-<k>``, tags ``dvc.md5.e<k>.<artifact>``, ``confusion/test.png``, its training data as input
+    trace    the dialogue with the VLM of each stage that asked (tasks.tracking_traces)
     model    ``fscil-<dataset>-<method>``: a version for the adapter that each session ended with, tag ``dvc.md5``
 
 Every call may be made again, after a kill or on a finished run, and adds nothing twice: runs are found by
 their ``fscil.key`` tag, points carry the time at which their stage was sealed (MLflow keeps one of two equal
 points), files have names made from content, and an epoch is marked when all of it is there. Files are read
-from the results folder, times from the state. Only explicit run ids are used, no active run, so threads do
-not matter. MLflow is imported when first needed, here alone.
+from the results folder, times from the state. What is shown is described in docs/mlflow.md.
 """
 
 import json
 import logging
-import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self
-from urllib.parse import urlsplit
-
-from pydantic import ConfigDict, Field, field_validator
 
 from tasks.confusion import confusion_matrix, confusion_table, draw_confusion
 from tasks.records import (
     AugmentationSet,
     AugmentedImage,
+    Comparing,
     EpochRecord,
     ExperimentRecord,
-    Frozen,
     Prediction,
     Provenance,
     SessionRecord,
     StageRecord,
+    TestEvaluation,
     Verdict,
 )
 from tasks.store import Store, Timing, read_lines
@@ -62,47 +60,15 @@ from tasks.tracked import (
     stage_metrics,
     verdict_table,
 )
+from tasks.tracking_runs import ERROR_TAG, Runs, TrackingSettings, first_line
+from tasks.tracking_traces import log_dialogue
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
 log = logging.getLogger("fscil.tracking")
 
-KEY_TAG = "fscil.key"
-ERROR_TAG = "fscil.error"
-TABLES_TAG = "mlflow.loggedArtifacts"
 _ADAPTER_TAG = re.compile(r"dvc\.md5\.e(\d+)\.adapter")
-_TAG_LIMIT = 8000  # characters of a tag's value, as MLflow's databases hold them
-
-
-class TrackingSettings(Frozen):
-    """Where MLflow is and how much is shown there. None of it enters a fingerprint.
-
-    Raises:
-        ValueError: ``uri`` holds a password.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    enabled: bool
-    strict: bool
-    uri: str
-    experiment: str
-    artifacts: str
-    grid_images: int = Field(gt=0)
-    grid_side: int = Field(gt=0)
-
-    @field_validator("uri")
-    @classmethod
-    def _no_password(cls, uri: str) -> str:
-        if urlsplit(uri).password is not None:
-            raise ValueError(
-                f"tracking.uri for {urlsplit(uri).hostname} holds a password, which would be shown and kept; "
-                "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            )
-        return uri
-
 
 # ------------------------------------------------------------------------------------------ the tracker
 
@@ -127,7 +93,7 @@ def _guarded(
             log.warning(
                 "MLflow failed in %s (%s: %s); the run goes on without it. Run the same command again "
                 "to log what is missing, or set tracking=off",
-                call.__name__, type(error).__name__, _first_line(error),
+                call.__name__, type(error).__name__, first_line(error),
             )  # fmt: skip
 
     return guarded
@@ -160,8 +126,8 @@ class Tracker:
         self.usable = settings.enabled
         self._key = run_key
         self._classes: dict[int, str] = {}
-        self._experiment_id = ""
-        self._opened: MlflowClient | None = None
+        self._runs = Runs(settings)
+        self._machine = ExitStack()
 
     @classmethod
     def of(cls, settings: TrackingSettings, store: Store, run_key: str) -> Self:
@@ -176,6 +142,7 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Record an error that leaves the block; it is not swallowed."""
+        self._machine.close()
         if error is not None:
             self.fail(error)
 
@@ -189,12 +156,17 @@ class Tracker:
             origin: who and what makes the run, where it is known; shown as tags, overwritten on every start.
         """
         self._key = f"{self.run_key}@{content_id(json.dumps(config, sort_keys=True, default=str))[:12]}"
-        self._experiment_id = self._open_experiment()
-        run = self._find_or_create(self._key, self.run_key, {"fscil.run": self.run_key})
+        run = self._runs.find_or_create(self._key, self.run_key, {"fscil.run": self.run_key})
         self.run_id = run.info.run_id
-        self._log_params(run, flat(config))
-        self._log(self.run_id, tags=provenance_tags(origin) if origin else {})
-        self._reopen(run)
+        self._runs.log_params(run, flat(config))
+        self._runs.log(self.run_id, tags=provenance_tags(origin) if origin else {})
+        self._runs.reopen(run)
+
+    @_guarded
+    def watch_machine(self) -> None:
+        """Log processor, memory, disk, network and GPU as ``system/*`` on the parent, until the block is left."""
+        if self.settings.machine_every_s:
+            self._machine.enter_context(self._runs.machine(self._parent))
 
     @_guarded
     def session_start(self, index: int, initial: StageRecord[AugmentationSet] | None, folder: Path) -> None:
@@ -206,7 +178,7 @@ class Tracker:
             folder: where its images and manifest were exported.
         """
         child = self._child(index)
-        self._reopen(child)
+        self._runs.reopen(child)
         if initial is not None:
             self._log_set(child, initial, folder)
 
@@ -222,20 +194,20 @@ class Tracker:
         mark, digest = f"fscil.logged.e{record.epoch:03d}", content_id(record.model_dump_json())
         if child.data.tags.get(mark) == digest:
             return
-        self._log(child.info.run_id, self._epoch_points(child, record))
+        self._runs.log(child.info.run_id, self._epoch_points(child, record))
         if record.epoch == 0:
             self._log_data(child, record)
         if record.compare is not None:
             verdicts = read_lines(folder / record.compare.output.verdicts.name, Verdict)
-            self._log_table(
-                child, f"verdicts_epoch_{record.epoch:03d}.json", verdict_table(verdicts, self._classes)
-            )
+            table = verdict_table(verdicts, self._classes)
+            self._runs.log_table(child.info.run_id, f"verdicts_epoch_{record.epoch:03d}.json", table)
+            self._log_dialogue(child, record.compare, folder, f"{self.run_key} · {_place(record)} · compare")
         if record.tune is not None and (adapter := record.tune.output.adapter) is not None:
             target = f"adapter/epoch-{record.epoch:03d}"
-            self._client.log_artifacts(child.info.run_id, str(folder / adapter.name), target)
+            self._runs.client.log_artifacts(child.info.run_id, str(folder / adapter.name), target)
         if record.regenerate is not None:
             self._log_set(child, record.regenerate, folder)
-        self._log(child.info.run_id, tags=digest_tags(record) | {mark: digest})
+        self._runs.log(child.info.run_id, tags=digest_tags(record) | {mark: digest})
 
     @_guarded
     def session(self, record: SessionRecord, folder: Path, class_names: Sequence[str]) -> None:
@@ -250,24 +222,27 @@ class Tracker:
         metrics, last = accuracy_metrics(record.test.output.accuracy), max(record.epochs - 1, 0)
         ended = self._ended(record.test)
         for run_id, step in ((child.info.run_id, last), (self._parent, record.session)):
-            self._log(run_id, self._points(run_id, metrics, step, ended))
+            self._runs.log(run_id, self._runs.points(run_id, metrics, step, ended))
         self._log_confusion(child, record, folder, class_names)
+        self._log_dialogue(
+            child, record.test, folder / "test", f"{self.run_key} · session {record.session} · test"
+        )
         self._register(child, record)
-        self._log(child.info.run_id, tags={"fscil.converged_because": record.converged_because})
-        self._end(child.info.run_id, "FINISHED")
+        self._runs.log(child.info.run_id, tags={"fscil.converged_because": record.converged_because})
+        self._runs.end(child.info.run_id, "FINISHED")
 
     @_guarded
     def finish(self, record: ExperimentRecord) -> None:
         """Log the experiment's summary on the parent and end it as FINISHED."""
-        self._log(self._parent, self._points(self._parent, result_metrics(record), 0, None))
-        self._end(self._parent, "FINISHED")
+        self._runs.log(self._parent, self._runs.points(self._parent, result_metrics(record), 0, None))
+        self._runs.end(self._parent, "FINISHED")
 
     @_guarded
     def fail(self, error: BaseException) -> None:
         """End the parent and its open sessions as FAILED (KILLED on an interrupt), the error in a tag."""
         if self.run_id is None:
             return
-        self._log(self.run_id, tags={ERROR_TAG: f"{type(error).__name__}: {_first_line(error)}"[:500]})
+        self._runs.log(self.run_id, tags={ERROR_TAG: f"{type(error).__name__}: {first_line(error)}"[:500]})
         self._stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
     @_guarded
@@ -276,89 +251,24 @@ class Tracker:
         self._stop("KILLED")
 
     def _stop(self, status: str) -> None:
-        for child in self._search(f"tags.`mlflow.parentRunId` = '{self._parent}'"):
+        for child in self._runs.search(f"tags.`mlflow.parentRunId` = '{self._parent}'"):
             if child.info.status == "RUNNING":
-                self._end(child.info.run_id, status)
-        self._end(self._parent, status)
+                self._runs.end(child.info.run_id, status)
+        self._runs.end(self._parent, status)
 
     # ---------------------------------------------------------------- runs
-
-    @property
-    def _client(self) -> "MlflowClient":
-        if self._opened is None:
-            self._opened = open_client(self.settings)
-        return self._opened
 
     @property
     def _parent(self) -> str:
         assert self.run_id is not None, "Tracker.start comes first"
         return self.run_id
 
-    def _open_experiment(self) -> str:
-        found = self._client.get_experiment_by_name(self.settings.experiment)
-        if found is not None:
-            return found.experiment_id
-        remote = urlsplit(self.settings.uri).scheme in ("http", "https")
-        location = None if remote else self.settings.artifacts
-        return self._client.create_experiment(self.settings.experiment, artifact_location=location)
-
-    def _search(self, condition: str) -> "list[Run]":
-        return list(self._client.search_runs([self._experiment_id], condition))
-
-    def _find_or_create(self, key: str, name: str, tags: dict[str, str]) -> "Run":
-        key = key.replace("'", "_").replace("`", "_")
-        found = self._search(f"tags.`{KEY_TAG}` = '{key}'")
-        if found:
-            return found[0]
-        return self._client.create_run(self._experiment_id, tags={KEY_TAG: key} | tags, run_name=name)
-
     def _child(self, session: int) -> "Run":
         name = f"session-{session:02d}"
         tags = {"mlflow.parentRunId": self._parent, "fscil.run": self.run_key, "fscil.session": str(session)}
-        return self._find_or_create(f"{self._key}/{name}", name, tags)
-
-    def _reopen(self, run: "Run") -> None:
-        """Set a failed run running again; one that has finished stays so."""
-        if run.info.status not in ("RUNNING", "FINISHED"):
-            self._client.update_run(run.info.run_id, status="RUNNING")
-        if ERROR_TAG in run.data.tags:
-            self._client.delete_tag(run.info.run_id, ERROR_TAG)
-
-    def _end(self, run_id: str, status: str) -> None:
-        if self._client.get_run(run_id).info.status != status:
-            self._client.set_terminated(run_id, status)
+        return self._runs.find_or_create(f"{self._key}/{name}", name, tags)
 
     # ---------------------------------------------------------------- params, tags, points
-
-    def _log_params(self, run: "Run", params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        new = [Param(key, value) for key, value in params.items() if key not in run.data.params]
-        for begin in range(0, len(new), 100):  # MLflow takes a hundred at a time
-            self._client.log_batch(run.info.run_id, params=new[begin : begin + 100])
-
-    def _log(
-        self, run_id: str, points: Iterable["Metric"] = (), tags: Mapping[str, str] | None = None
-    ) -> None:
-        from mlflow.entities import RunTag
-
-        listed = [RunTag(key, str(value)[:_TAG_LIMIT]) for key, value in (tags or {}).items()]
-        self._client.log_batch(run_id, metrics=list(points), tags=listed)
-
-    def _points(
-        self, run_id: str, metrics: Mapping[str, float], step: int, timestamp: int | None
-    ) -> "list[Metric]":
-        """Points at a known time, which MLflow keeps once; without one, only points that are not there."""
-        from mlflow.entities import Metric
-
-        if timestamp is not None:
-            return [Metric(name, value, timestamp, step) for name, value in metrics.items()]
-        now = int(time.time() * 1000)
-        return [
-            Metric(name, value, now, step)
-            for name, value in metrics.items()
-            if all(point.step != step for point in self._client.get_metric_history(run_id, name))
-        ]
 
     def _epoch_points(self, child: "Run", record: EpochRecord) -> "list[Metric]":
         points: list[Metric] = []
@@ -369,7 +279,7 @@ class Tracker:
             timing = self.store.timing(sealed)
             took = {} if timing is None else _took(stage, timing)
             ended = None if timing is None else timing.timestamp_ms
-            points += self._points(child.info.run_id, metrics.get(stage, {}) | took, record.epoch, ended)
+            points += self._runs.points(child.info.run_id, metrics.get(stage, {}) | took, record.epoch, ended)
         return points
 
     def _ended(self, record: StageRecord) -> int | None:
@@ -394,9 +304,9 @@ class Tracker:
                 ]
                 sheet = contact_sheet(shown, self.settings.grid_side)
                 save_series(sheet, Path(work), f"class~{plain(name)}", images, stamp)
-            self._client.log_artifacts(child.info.run_id, work, "images")
-        self._log_table(child, f"prompts_epoch_{images.epoch:03d}.json", prompt_table(rows))
-        self._log(child.info.run_id, tags={"mlflow.loggedImages": "True", mark: images.images.digest})
+            self._runs.client.log_artifacts(child.info.run_id, work, "images")
+        self._runs.log_table(child.info.run_id, f"prompts_epoch_{images.epoch:03d}.json", prompt_table(rows))
+        self._runs.log(child.info.run_id, tags={"mlflow.loggedImages": "True", mark: images.images.digest})
 
     def _log_confusion(
         self, child: "Run", record: SessionRecord, folder: Path, class_names: Sequence[str]
@@ -410,33 +320,47 @@ class Tracker:
         title = f"{self.run_key}, session {record.session}: {tested.accuracy.overall:.1%} of the test right"
         with tempfile.TemporaryDirectory() as work:
             Path(work, "test.png").write_bytes(draw_confusion(counts, class_names, title))
-            self._client.log_artifacts(child.info.run_id, work, "confusion")
-        self._log_table(child, "confusion_test.json", confusion_table(counts, class_names))
-        self._log(child.info.run_id, tags={"dvc.md5.test.predictions": tested.predictions.digest})
+            self._runs.client.log_artifacts(child.info.run_id, work, "confusion")
+        self._runs.log_table(child.info.run_id, "confusion_test.json", confusion_table(counts, class_names))
+        self._runs.log(child.info.run_id, tags={"dvc.md5.test.predictions": tested.predictions.digest})
 
     def _register(self, child: "Run", record: SessionRecord) -> None:
         """Make the adapter that the session ended with a version of the method's model, if it tuned one."""
         from mlflow.exceptions import MlflowException
 
         digest = record.end.adapter.digest if record.end.adapter else None
-        tags = self._client.get_run(child.info.run_id).data.tags
+        tags = self._runs.tags(child.info.run_id)
         tuned = [m for name, value in tags.items() if value == digest and (m := _ADAPTER_TAG.fullmatch(name))]
         if digest is None or not tuned:
             return
         model = plain("-".join(["fscil", *self.run_key.split("/")[:2]]))
         try:
-            self._client.get_registered_model(model)
+            self._runs.client.get_registered_model(model)
         except MlflowException:
-            self._client.create_registered_model(model, description="LoRA adapters, one a session")
-        known = self._client.search_model_versions(f"name = '{model}'")
+            self._runs.client.create_registered_model(model, description="LoRA adapters, one a session")
+        known = self._runs.client.search_model_versions(f"name = '{model}'")
         if any(version.run_id == child.info.run_id for version in known):
             return
-        self._client.create_model_version(
+        self._runs.client.create_model_version(
             model,
             source=f"{child.info.artifact_uri}/adapter/epoch-{tuned[-1][1]}",
             run_id=child.info.run_id,
             tags={"dvc.md5": digest, "fscil.run": self.run_key, "fscil.session": str(record.session)},
         )
+
+    def _log_dialogue(
+        self,
+        child: "Run",
+        record: "StageRecord[Comparing] | StageRecord[TestEvaluation]",
+        folder: Path,
+        title: str,
+    ) -> None:
+        """What the stage asked the VLM, as a trace."""
+        told = record.output
+        if told.transcript is not None:
+            outcome = told.model_dump(mode="json", include={"semantic", "detail", "rewritten", "unparsed"})
+            timing = self.store.timing(record)
+            log_dialogue(self._runs, child, title, folder / told.transcript.name, timing, outcome)
 
     def _log_data(self, child: "Run", record: EpochRecord) -> None:
         """The session's training data as an input of its run."""
@@ -446,52 +370,19 @@ class Tracker:
         dataset, number = self.run_key.split("/", 1)[0], f"session {record.session}"
         data = Dataset(f"{dataset}, {number}", str(digest)[:36], "local", json.dumps({"dataset": dataset}))
         tags = [InputTag("mlflow.data.context", "training"), InputTag("dvc.md5", str(digest))]
-        self._client.log_inputs(child.info.run_id, [DatasetInput(data, tags)])
+        self._runs.client.log_inputs(child.info.run_id, [DatasetInput(data, tags)])
 
     def _logged_at(self, child: "Run", epoch: int) -> int | None:
         """The time in the names of an epoch's sheets, if some are there already."""
-        for file in self._client.list_artifacts(child.info.run_id, "images"):
+        for file in self._runs.client.list_artifacts(child.info.run_id, "images"):
             found = re.search(r"\+step\+(\d+)\+timestamp\+(\d+)\+", file.path)
             if found and int(found[1]) == epoch:
                 return int(found[2])
         return None
 
-    def _log_table(self, child: "Run", name: str, table: Mapping[str, object]) -> None:
-        """Log a table, and tell MLflow's UI that it is one, as far as one tag can hold."""
-        with tempfile.TemporaryDirectory() as work:
-            path = Path(work, name)
-            path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
-            self._client.log_artifact(child.info.run_id, str(path), "tables")
-        known = json.loads(self._client.get_run(child.info.run_id).data.tags.get(TABLES_TAG, "[]"))
-        if (entry := {"path": f"tables/{name}", "type": "table"}) not in known:
-            known.append(entry)
-        if len(text := json.dumps(known)) <= _TAG_LIMIT:
-            self._log(child.info.run_id, tags={TABLES_TAG: text})
 
-
-def open_client(settings: TrackingSettings) -> "MlflowClient":
-    """MLflow's client, told to send no usage reports, say little and not wait long for a dead server."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=settings.uri)
-
-
-def run_tags(settings: TrackingSettings, run_id: str) -> dict[str, str]:
-    """The tags of any MLflow run: ``fscil.run`` and ``fscil.session`` say where its records are.
-
-    Raises:
-        ValueError: MLflow knows no run of this id.
-    """
-    client = open_client(settings)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return dict(client.get_run(run_id).data.tags)
-    except MlflowException as error:
-        raise ValueError(f"MLflow at {settings.uri} has no run {run_id!r}: {_first_line(error)}") from error
+def _place(record: EpochRecord) -> str:
+    return f"session {record.session} · epoch {record.epoch}"
 
 
 def _took(stage: str, timing: Timing) -> dict[str, float]:
@@ -499,7 +390,3 @@ def _took(stage: str, timing: Timing) -> dict[str, float]:
     held = {"memory_mib": timing.peak_mib, "gpu_memory_mib": timing.gpu_peak_mib}
     known = {f"{name}/{stage}": mib for name, mib in held.items() if mib is not None}
     return {f"seconds/{stage}": timing.seconds, **known}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -11,7 +11,7 @@ SOURCES = sorted(p for folder in ("flows", "tasks") for p in (ROOT / folder).rgl
 VERBS = ("train_classifier", "evaluate", "mine_failures", "vlm_compare", "tune_lora", "regenerate")
 ONLY_IN = {
     "prefect": ("flows/", *(f"tasks/{verb}.py" for verb in VERBS)),
-    "mlflow": ("tasks/tracking.py",),
+    "mlflow": ("tasks/tracking_runs.py", "tasks/tracking_traces.py", "tasks/tracking.py"),
     "openai": ("tasks/vlm/endpoint.py", "tasks/vlm/failures.py"),
     "hydra": ("flows/config.py",),
     "dvc": ("tasks/versions.py",),

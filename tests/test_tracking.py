@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from tasks.store import StoreError, digest_of
 from tasks.tracked import contact_sheet, flat, provenance_tags, stage_metrics, verdict_table
-from tasks.tracking import ERROR_TAG, Tracker, TrackingSettings, run_tags
+from tasks.tracking import Tracker
+from tasks.tracking_runs import ERROR_TAG, TrackingSettings, run_tags
 from tests.helpers import PROVENANCE, FabricatedRun, fabricate_run
 
 
@@ -28,6 +29,8 @@ def settings_at(root: Path, **changes: object) -> TrackingSettings:
         "artifacts": str(root / "artifacts"),
         "grid_images": 4,
         "grid_side": 16,
+        "traced_calls": 3,
+        "machine_every_s": 0,
     }
     return TrackingSettings.model_validate(values | changes)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from flows import session_page as pages
 from flows.session_page import artifact_key, escaped, mlflow_place, session_page
-from tasks.tracking import TrackingSettings
+from tasks.tracking_runs import TrackingSettings
 from tests.helpers import FabricatedRun, fabricate_run
 
 EVIL = "a <script>alert(1)</script> | [two](http://example.org) ![x](y)"
@@ -83,7 +83,9 @@ def test_a_sheet_that_cannot_be_small_is_left_out(tmp_path: Path, monkeypatch: p
 )
 def test_mlflow_is_a_link_or_a_command(given: dict[str, object], said: str) -> None:
     settings = {"enabled": True, "strict": False, "uri": "", "experiment": "fscil", "artifacts": "a"}
-    tracking = TrackingSettings.model_validate(settings | {"grid_images": 1, "grid_side": 8} | given)
+    tracking = TrackingSettings.model_validate(
+        settings | {"grid_images": 1, "grid_side": 8, "traced_calls": 0, "machine_every_s": 0} | given
+    )
     assert said in mlflow_place(tracking, "d/m/seed-0")
 
 

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from flows.config import load_config
 from flows.track import track
-from tasks.tracking import TrackingSettings
+from tasks.tracking_runs import TrackingSettings
 from tests.conftest import Place
 
 
@@ -23,18 +23,22 @@ def content(place: Path) -> dict[str, set[tuple[object, ...]]]:
     with sqlite3.connect(place / "mlflow.db") as database:
         points = database.execute(
             "select name, key, step, value, timestamp from metrics join runs using (run_uuid) "
-            "where key not like 'result/%' and key not like 'budget/%'"
+            "where key not like 'result/%' and key not like 'budget/%' and key not like 'system/%'"
         ).fetchall()
         statuses = database.execute("select name, status from runs").fetchall()
         tags = database.execute(
             "select name, key, value from tags join runs using (run_uuid) "
             "where key not like 'mlflow.%' and key not like 'command'"
         ).fetchall()
+        spans = database.execute(
+            "select name, span_id, content ->> 'start_time_unix_nano' from spans"
+        ).fetchall()
         models = database.execute("select name, version from model_versions").fetchall()
     files = [p for p in (place / "mlartifacts").rglob("*") if p.is_file()]
     named = {(*p.relative_to(place / "mlartifacts").parts[1:], p.stat().st_size) for p in files}
     return {
         "points": set(points), "statuses": set(statuses), "tags": set(tags), "models": set(models), "files": named,
+        "spans": set(spans),
     }  # fmt: skip
 
 
@@ -42,9 +46,10 @@ def test_what_is_written_again_is_what_was_written(finished: Place, tmp_path: Pa
     (told,) = track(finished.root / "runs", finished.root / "state", settings_at(tmp_path))
     assert told.sentence() == "digits/guided/seed-0: 3 sessions, 6 epochs, finished"
     before, after = content(finished.root), content(tmp_path)
-    for name in ("points", "statuses", "tags", "models", "files"):
+    for name in ("points", "statuses", "tags", "models", "files", "spans"):
         assert after[name] == before[name], name
     assert len(after["points"]) > 100
+    assert len(after["spans"]) > 19, "the run asked the VLM 19 times"
     list(track(finished.root / "runs", finished.root / "state", settings_at(tmp_path)))
     assert content(tmp_path) == after, "a second time adds nothing"
 

@@ -1,0 +1,197 @@
+"""MLflow's runs by their keys: found or created, their points, tags, tables and files, each written once.
+
+Only explicit run ids are used, no active run, so threads do not matter. MLflow is imported when first needed.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, Field, field_validator
+
+from tasks.records import Frozen
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+KEY_TAG = "fscil.key"
+ERROR_TAG = "fscil.error"
+TABLES_TAG = "mlflow.loggedArtifacts"
+_TAG_LIMIT = 8000  # characters of a tag's value, as MLflow's databases hold them
+
+
+class TrackingSettings(Frozen):
+    """Where MLflow is and how much is shown there. None of it enters a fingerprint.
+
+    Raises:
+        ValueError: ``uri`` holds a password.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    enabled: bool
+    strict: bool
+    uri: str
+    experiment: str
+    artifacts: str
+    grid_images: int = Field(gt=0)
+    grid_side: int = Field(gt=0)
+    traced_calls: int = Field(ge=0)
+    machine_every_s: float = Field(ge=0)
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, uri: str) -> str:
+        if urlsplit(uri).password is not None:
+            raise ValueError(
+                f"tracking.uri for {urlsplit(uri).hostname} holds a password, which would be shown and kept; "
+                "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return uri
+
+
+class Runs:
+    """The runs of one MLflow experiment. Everything may raise what a database, a server or a disk raises."""
+
+    def __init__(self, settings: TrackingSettings) -> None:
+        """Nothing is opened before it is needed."""
+        self.settings = settings
+
+    @cached_property
+    def client(self) -> "MlflowClient":
+        """MLflow's own client."""
+        return open_client(self.settings)
+
+    @cached_property
+    def experiment_id(self) -> str:
+        """MLflow's id of the experiment, which is created where it is missing."""
+        found = self.client.get_experiment_by_name(self.settings.experiment)
+        if found is not None:
+            return found.experiment_id
+        remote = urlsplit(self.settings.uri).scheme in ("http", "https")
+        location = None if remote else self.settings.artifacts
+        return self.client.create_experiment(self.settings.experiment, artifact_location=location)
+
+    def search(self, condition: str) -> "list[Run]":
+        """Runs by a filter in MLflow's language."""
+        return list(self.client.search_runs([self.experiment_id], condition))
+
+    def find_or_create(self, key: str, name: str, tags: dict[str, str]) -> "Run":
+        """The run of a key; one that is made gets this name and these tags."""
+        key = key.replace("'", "_").replace("`", "_")
+        found = self.search(f"tags.`{KEY_TAG}` = '{key}'")
+        if found:
+            return found[0]
+        return self.client.create_run(self.experiment_id, tags={KEY_TAG: key} | tags, run_name=name)
+
+    def reopen(self, run: "Run") -> None:
+        """Set a failed run running again; one that has finished stays so."""
+        if run.info.status not in ("RUNNING", "FINISHED"):
+            self.client.update_run(run.info.run_id, status="RUNNING")
+        if ERROR_TAG in run.data.tags:
+            self.client.delete_tag(run.info.run_id, ERROR_TAG)
+
+    def end(self, run_id: str, status: str) -> None:
+        """Give a run its status, and the time of it, unless it has that status."""
+        if self.client.get_run(run_id).info.status != status:
+            self.client.set_terminated(run_id, status)
+
+    @contextmanager
+    def machine(self, run_id: str) -> Iterator[None]:
+        """MLflow's monitor of the machine, writing ``system/*`` to a run while the block lasts."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(
+            run_id, self.settings.machine_every_s, resume_logging=True, tracking_uri=self.settings.uri
+        )
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
+
+    def tags(self, run_id: str) -> dict[str, str]:
+        """The tags as they are now."""
+        return dict(self.client.get_run(run_id).data.tags)
+
+    def log_params(self, run: "Run", params: Mapping[str, str]) -> None:
+        """Add params that are not there; one that is keeps its value, as MLflow demands."""
+        from mlflow.entities import Param
+
+        new = [Param(key, value) for key, value in params.items() if key not in run.data.params]
+        for begin in range(0, len(new), 100):  # MLflow takes a hundred at a time
+            self.client.log_batch(run.info.run_id, params=new[begin : begin + 100])
+
+    def log(
+        self, run_id: str, points: Iterable["Metric"] = (), tags: Mapping[str, str] | None = None
+    ) -> None:
+        """Write points and tags in one request."""
+        from mlflow.entities import RunTag
+
+        listed = [RunTag(key, str(value)[:_TAG_LIMIT]) for key, value in (tags or {}).items()]
+        self.client.log_batch(run_id, metrics=list(points), tags=listed)
+
+    def points(
+        self, run_id: str, metrics: Mapping[str, float], step: int, timestamp: int | None
+    ) -> "list[Metric]":
+        """Points at a known time, which MLflow keeps once; without one, only points that are not there."""
+        from mlflow.entities import Metric
+
+        if timestamp is not None:
+            return [Metric(name, value, timestamp, step) for name, value in metrics.items()]
+        now = int(time.time() * 1000)
+        return [
+            Metric(name, value, now, step)
+            for name, value in metrics.items()
+            if all(point.step != step for point in self.client.get_metric_history(run_id, name))
+        ]
+
+    def log_table(self, run_id: str, name: str, table: Mapping[str, object]) -> None:
+        """Log a table, and tell MLflow's UI that it is one, as far as one tag can hold."""
+        with tempfile.TemporaryDirectory() as work:
+            path = Path(work, name)
+            path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+            self.client.log_artifact(run_id, str(path), "tables")
+        known = json.loads(self.tags(run_id).get(TABLES_TAG, "[]"))
+        if (entry := {"path": f"tables/{name}", "type": "table"}) not in known:
+            known.append(entry)
+        if len(text := json.dumps(known)) <= _TAG_LIMIT:
+            self.log(run_id, tags={TABLES_TAG: text})
+
+
+def open_client(settings: TrackingSettings) -> "MlflowClient":
+    """MLflow's client, told to send no usage reports, say little and not wait long for a dead server."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=settings.uri)
+
+
+def run_tags(settings: TrackingSettings, run_id: str) -> dict[str, str]:
+    """The tags of any MLflow run: ``fscil.run`` and ``fscil.session`` say where its records are.
+
+    Raises:
+        ValueError: MLflow knows no run of this id.
+    """
+    client = open_client(settings)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return dict(client.get_run(run_id).data.tags)
+    except MlflowException as error:
+        raise ValueError(f"MLflow at {settings.uri} has no run {run_id!r}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without its trace."""
+    return (str(error).splitlines() or [""])[0]
