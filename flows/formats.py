@@ -16,7 +16,8 @@ Marks = Mapping[tuple[str, str, str], Mark]
 
 NOTE = (
     "Accuracies in percent, mean ± standard deviation over seeds; the best of a dataset is bold and the second best "
-    "underlined, equal ones alike. A_base, A_last: after the first and last session, over all classes seen; A_avg: "
+    "underlined, equal ones alike; vlm_zero_shot learned elsewhere and is not ranked. "
+    "A_base, A_last: after the first and last session, over all classes seen; A_avg: "
     "mean over sessions; PD = A_base - A_last; base, novel, harmonic: after the last session. Images, VLM calls, "
     "tokens (read and written), cost (in the currency of the prices that were set), unparsed answers (no verdict, or "
     "no class, which counts as wrong), epochs, seconds of computing and MiB (memory held at most) are means per run."

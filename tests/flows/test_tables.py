@@ -167,6 +167,11 @@ def test_what_prints_the_same_shares_its_mark() -> None:
     assert found == {"a": "best", "b": "best", "c": "second", "d": "second"}
 
 
+def test_a_vlm_that_classifies_by_itself_is_not_ranked() -> None:
+    found = marks([row("vlm_zero_shot", A_last=99), row("a", A_last=50), row("b", A_last=40)])
+    assert found == {("digits", "a", "A_last"): "best", ("digits", "b", "A_last"): "second"}
+
+
 def test_budgets_are_not_ranked() -> None:
     assert marks([row("a", images=100, PD=1), row("b", images=200, PD=2)]) == {}
 
