@@ -128,7 +128,10 @@ def fabricate_run(
     """
     name = f"{dataset}/{method}/seed-{seed}"
     learner = {"lr": 2e-4, "layers": [1, 2]}
-    config = {"method": method, "seed": seed, "learner": learner, "vlm": {"base_url": None}}
+    config = {
+        "dataset": {"name": dataset}, "method": method, "seed": seed, "learner": learner, "vlm": {"base_url": None},
+        "augmenter": {"base_prompt": "A picture of a {category}"},
+    }  # fmt: skip
     made = FabricatedRun(Store(root / "state"), root / "runs", name, method, seed, prompt, config)
     with without_sync():
         write_json(made.folder / "config.json", config)
@@ -223,9 +226,11 @@ def _stage(
     made: FabricatedRun, stage: str, at: tuple[int, int], output: type, compute: Callable
 ) -> StageRecord:
     session, place = Digest(f"{at[0]:032x}"), Digest(f"{at[0]}/{at[1]}")
-    inputs: Mapping[str, Digest | None] = {"run": Digest(made.run), "at": place, "session": session}
+    inputs: Mapping[str, Digest | None] = {
+        "run": Digest(made.run), "at": place, "session": session, "generator": Digest("g"),
+    }  # fmt: skip
     return made.store.run(
-        stage, 1, settings={"x": 1}, inputs=inputs, seed=made.seed, output=output, compute=compute
+        stage, 1, settings={"x": 1, "vlm": {}}, inputs=inputs, seed=made.seed, output=output, compute=compute
     )
 
 

@@ -51,6 +51,7 @@ MOMENTS = {
 }
 SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
 ORDERLY_S = 5.0
+LATE_S = 20.0  # a run that is about to end when it is asked to stop may end as it would have
 PATIENCE_S = 600
 
 
@@ -72,6 +73,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary one by default")
     chosen = parser.parse_args(arguments)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job hands on that it is ignored
     root = chosen.folder or Path(tempfile.mkdtemp(prefix="fscil-storm-"))
     reference = Place(made(root / "undisturbed"))
     finish(reference.root, reference)
@@ -131,6 +135,8 @@ def strike(place: Place, moment: str, number: signal.Signals, dice: random.Rando
         outcome.slowest_stop = max(outcome.slowest_stop, took)
         if code not in (SIGNALS[number], 0):
             outcome.faults.append(f"{number.name} ended it with {code}")
+        elif code == 0 and took > LATE_S:
+            outcome.faults.append(f"{number.name} was not heeded")
         elif code and "the same command goes on from here" not in said:
             outcome.faults.append(f"{number.name} without a sentence on how to resume")
     return True

@@ -3,7 +3,7 @@
     python -m tests.benchmarks [PART ...] [--clock wall|cpu] [--rounds N] [--device cpu|cuda] [--out FILE]
 
 Prints one table and writes it as Markdown, after each part, with the machine and the versions that it was measured with. PART is
-similarity, mining, drawing, tuning or orchestration; all of them by default, about ten minutes on two free cores.
+similarity, mining, drawing, tuning, orchestration, records or ray; all of them by default, about ten minutes on two free cores.
 On a GPU similarity and full_size are measured. The exit status is 1 where a promise does not hold.
 """
 
@@ -24,7 +24,7 @@ from rich.table import Table
 from tests.benchmarks.measuring import CLOCKS, Plan, Row
 
 PARTS = {
-    "cpu": ("similarity", "mining", "drawing", "tuning", "orchestration", "ray"),
+    "cpu": ("similarity", "mining", "drawing", "tuning", "orchestration", "records", "ray"),
     "cuda": ("similarity", "full_size"),
 }
 VERSIONS = ("torch", "diffusers", "peft", "prefect", "scikit-image", "pytorch-msssim")

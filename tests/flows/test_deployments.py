@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import time
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -22,6 +20,7 @@ from flows.config import load_config
 from flows.experiment import all_overrides, fscil, preflight
 from flows.services import Service
 from tests.conftest import QUICK, ROOT, Place
+from tests.deployment import Clone, free_port
 
 FILE = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 ALL = {entry["name"]: entry for entry in FILE["deployments"]}
@@ -143,61 +142,6 @@ def test_a_service_that_dies_is_named_with_the_end_of_its_log(folder: Path) -> N
 
 
 # ------------------------------------------------------------------------------------------ end to end
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((services.HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-class Clone:
-    """A copy of the project with ports of its own."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.port, self.mlflow = root, free_port(), free_port()
-        for name in ("flows", "tasks", "configs"):
-            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("Makefile", "pyproject.toml", "constraints.txt", "prefect.yaml"):
-            shutil.copy2(ROOT / name, root / name)
-        (root / "data").mkdir()
-        (root / "data" / "digits").symlink_to(ROOT / "data" / "digits")
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
-            "PREFECT_API_URL": f"http://{services.HOST}:{self.port}/api"
-        }
-
-    def make(self, target: str, *more: str) -> subprocess.CompletedProcess[str]:
-        settings = (
-            f"PREFECT_PORT={self.port}",
-            f"MLFLOW_PORT={self.mlflow}",
-            f"BIN={Path(sys.executable).parent}",
-        )
-        return self.run("make", "--no-print-directory", target, *settings, "STAMP=pyproject.toml", *more)
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=900
-        )
-
-    def start(self, deployment: str, **parameters: Any) -> subprocess.CompletedProcess[str]:
-        given = [
-            part for key, value in parameters.items() for part in ("--param", f"{key}={json.dumps(value)}")
-        ]
-        return self.run(
-            sys.executable, "-m", "prefect", "deployment", "run", f"fscil/{deployment}", "--watch", *given
-        )
-
-    def runs(self) -> list[dict[str, Any]]:
-        """The flow runs of the flow, newest first."""
-        body = {"flows": {"name": {"any_": ["fscil"]}}, "sort": "EXPECTED_START_TIME_DESC"}
-        return json.loads(
-            services._get(f"{self.environment['PREFECT_API_URL']}/flow_runs/filter", body) or "[]"
-        )
-
-    def logs(self, run: str) -> str:
-        body = {"logs": {"flow_run_id": {"any_": [run]}}}
-        found = json.loads(services._get(f"{self.environment['PREFECT_API_URL']}/logs/filter", body) or "[]")
-        return "\n".join(line["message"] for line in found)
 
 
 @pytest.mark.slow
