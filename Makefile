@@ -92,8 +92,9 @@ bench: data ## speed and memory against what people use today, into reports/benc
 	@$(BIN)/python -m tests.benchmarks
 
 .PHONY: storm
-storm: data ## kill runs at every kind of moment and compare what they end with: make storm STORM=50
+storm: data ## kill runs at every kind of moment, start many at once, and compare what they end with: make storm STORM=50
 	@$(BIN)/python -m tests.storm --runs $(STORM)
+	@$(BIN)/python -m tests.crowd
 
 .PHONY: check
 check: $(STAMP) ## ruff, the type checker and the import contracts

@@ -154,8 +154,8 @@ def made(root: Path) -> Path:
     return root
 
 
-def start(place: Place) -> subprocess.Popen[bytes]:
-    """The experiment's command, in a process of its own."""
+def start(place: Place, seed: int = 0, log: str = "log") -> subprocess.Popen[bytes]:
+    """The experiment's command, in a process of its own, writing what it says to a file of the place."""
     overrides = place.overrides("runtime.threads=1", tracking=True)
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     environment = kept | {
@@ -164,10 +164,10 @@ def start(place: Place) -> subprocess.Popen[bytes]:
         "OMP_NUM_THREADS": "1",
         "DO_NOT_TRACK": "1",
     }
-    with (place.root / "log").open("wb") as log:
+    with (place.root / log).open("wb") as told:
         return subprocess.Popen(
-            [sys.executable, "-m", "flows", "dataset=digits", "method=guided", "seed=0", *overrides],
-            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", "flows", "dataset=digits", "method=guided", f"seed={seed}", *overrides],
+            cwd=ROOT, env=environment, stdout=told, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
 
