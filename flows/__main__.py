@@ -38,11 +38,11 @@ from flows.cli import (
     console,
     fail,
     known_errors,
-    prefect_server,
     quieten,
     terminable,
 )
 from flows.commands import cell, data, gc, profile, restore, settings, track
+from flows.own_server import prefect_server
 
 SWEPT = ("dataset", "method", "seed")
 

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows.cli import EXIT_FAILED, EXIT_USAGE, fail, known_errors, prefect_server
+from flows.cli import EXIT_FAILED, EXIT_USAGE, fail, known_errors
+from flows.own_server import prefect_server
 
 
 def data(arguments: Sequence[str]) -> int:

@@ -278,7 +278,7 @@ class Store:
             StoreError: a damaged record that cannot be moved aside, or a failing disk.
         """
         mark = fingerprint(stage, version, settings, inputs, seed)
-        with FileLock(self._lock_path(f"{stage}-{mark}")):
+        with self.lock(f"{stage}-{mark}"):
             sealed = self._sealed(stage, mark, output)
             if sealed is not None:
                 return sealed
@@ -374,6 +374,10 @@ class Store:
         folder = self.root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
+
+    def lock(self, name: str) -> FileLock:
+        """A lock that those who share this store wait for; the kernel frees it when its holder dies."""
+        return FileLock(self._lock_path(name))
 
     def run_lock(self, key: str) -> FileLock:
         """The lock of one run key; the kernel frees it when its holder dies."""

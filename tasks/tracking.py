@@ -156,6 +156,8 @@ class Tracker:
             origin: who and what makes the run, where it is known; shown as tags, overwritten on every start.
         """
         self._key = f"{self.run_key}@{content_id(json.dumps(config, sort_keys=True, default=str))[:12]}"
+        with self.store.lock("mlflow"):  # of two that make the database's tables at once, one would fail
+            self._runs.prepare()
         run = self._runs.find_or_create(self._key, self.run_key, {"fscil.run": self.run_key})
         self.run_id = run.info.run_id
         self._runs.log_params(run, flat(config))

@@ -76,9 +76,24 @@ class Runs:
         found = self.client.get_experiment_by_name(self.settings.experiment)
         if found is not None:
             return found.experiment_id
+        return self._created()
+
+    def _created(self) -> str:
+        from mlflow.exceptions import MlflowException
+
         remote = urlsplit(self.settings.uri).scheme in ("http", "https")
         location = None if remote else self.settings.artifacts
-        return self.client.create_experiment(self.settings.experiment, artifact_location=location)
+        try:
+            return self.client.create_experiment(self.settings.experiment, artifact_location=location)
+        except MlflowException:  # another machine was quicker
+            found = self.client.get_experiment_by_name(self.settings.experiment)
+            if found is None:
+                raise
+            return found.experiment_id
+
+    def prepare(self) -> None:
+        """Make the tables of a new database, and the experiment; for one at a time."""
+        assert self.experiment_id
 
     def search(self, condition: str) -> "list[Run]":
         """Runs by a filter in MLflow's language."""
@@ -110,7 +125,10 @@ class Runs:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = SystemMetricsMonitor(
-            run_id, self.settings.machine_every_s, resume_logging=True, tracking_uri=self.settings.uri
+            run_id,
+            self.settings.machine_every_s,
+            resume_logging=True,
+            tracking_uri=patient(self.settings.uri),
         )
         monitor.start()
         try:
@@ -174,7 +192,12 @@ def open_client(settings: TrackingSettings) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=settings.uri)
+    return MlflowClient(tracking_uri=patient(settings.uri))
+
+
+def patient(uri: str) -> str:
+    """The same address; of a SQLite file one that waits a minute for who else writes, instead of five seconds."""
+    return f"{uri}?timeout=60" if uri.startswith("sqlite:") and "?" not in uri else uri
 
 
 def run_tags(settings: TrackingSettings, run_id: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.records import Usage
 from tasks.store import Timing, read_lines
-from tasks.tracking_runs import Runs
+from tasks.tracking_runs import Runs, patient
 from tasks.vlm.client import Exchange
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _write(runs: Runs, run: "Run", spans: "Sequence[Span]", usage: Usage, millis
         },
         tags={"mlflow.traceName": root.name, "mlflow.trace.spansLocation": "TRACKING_STORE"},
     )
-    client = TracingClient(runs.settings.uri)
+    client = TracingClient(patient(runs.settings.uri))
     client.start_trace(info)
     client.log_spans(runs.experiment_id, list(spans))
 

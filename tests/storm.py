@@ -125,7 +125,10 @@ def strike(place: Place, moment: str, number: signal.Signals, dice: random.Rando
         outcome.moments.append(f"{moment} (missed)")
         return False
     began = time.monotonic()
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does, to all that the run has started too
+    else:
+        process.send_signal(number)
     code = process.wait()
     took = time.monotonic() - began
     outcome.moments.append(moment)
@@ -167,7 +170,7 @@ def start(place: Place, seed: int = 0, log: str = "log") -> subprocess.Popen[byt
     with (place.root / log).open("wb") as told:
         return subprocess.Popen(
             [sys.executable, "-m", "flows", "dataset=digits", "method=guided", f"seed={seed}", *overrides],
-            cwd=ROOT, env=environment, stdout=told, stderr=subprocess.STDOUT,
+            cwd=ROOT, env=environment, stdout=told, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
 

@@ -3,6 +3,10 @@
 import json
 import logging
 import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
 from io import StringIO
 from pathlib import Path
 
@@ -16,7 +20,8 @@ from pydantic import ValidationError
 from tasks.store import StoreError, digest_of
 from tasks.tracked import contact_sheet, flat, provenance_tags, stage_metrics, verdict_table
 from tasks.tracking import Tracker
-from tasks.tracking_runs import ERROR_TAG, TrackingSettings, run_tags
+from tasks.tracking_runs import ERROR_TAG, Runs, TrackingSettings, run_tags
+from tests.conftest import ROOT
 from tests.helpers import PROVENANCE, FabricatedRun, fabricate_run
 
 
@@ -391,3 +396,33 @@ def test_a_verdict_without_comparisons_keeps_its_row() -> None:
         augmented_id="a", label=7, level="detail", prompt_next="p", comparisons=(), inherited_from="c"
     )
     assert verdict_table([verdict], {})["data"] == [["7", "a", "detail", "c", "p", "", "", ""]]
+
+
+def test_many_processes_may_make_the_database_at_once(tmp_path: Path) -> None:
+    """Without a lock all but the first fail: the tables are there already."""
+    code = (
+        "import sys; from pathlib import Path; from tasks.store import Store; from tasks.tracking import Tracker;"
+        "from tests.test_tracking import settings_at; root = Path(sys.argv[1]);"
+        "Tracker(settings_at(root), Store(root / 'state'), f'd/m/seed-{sys.argv[2]}').start({}, None)"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path, str(n)], cwd=ROOT, stderr=subprocess.PIPE)
+        for n in range(3)
+    ]
+    said = [process.communicate()[1].decode()[-500:] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
+    assert {run.info.run_name for run in Seen(settings_at(tmp_path)).parents} == {
+        f"d/m/seed-{n}" for n in range(3)
+    }
+
+
+def test_a_writer_waits_for_another_one(settings: TrackingSettings) -> None:
+    runs = Runs(settings)
+    run_id = runs.find_or_create("key", "run", {}).info.run_id
+    other = sqlite3.connect(
+        settings.uri.removeprefix("sqlite:///"), isolation_level=None, check_same_thread=False
+    )
+    other.execute("begin exclusive")
+    threading.Timer(6, lambda: other.execute("commit")).start()  # longer than SQLite waits by itself
+    runs.log(run_id, tags={"late": "yes"})
+    assert runs.tags(run_id)["late"] == "yes"

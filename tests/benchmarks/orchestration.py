@@ -20,8 +20,8 @@ from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_UR
 import flows.epoch
 import flows.experiment
 import flows.session
-from flows.cli import prefect_server
 from flows.config import load_config
+from flows.own_server import prefect_server
 from tasks.datasets.digits import write_digits
 from tests.benchmarks.measuring import Plan, Row
 from tests.conftest import QUICK, ROOT

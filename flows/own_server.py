@@ -1,0 +1,131 @@
+"""A Prefect server for as long as one command works, where none listens already.
+
+It is a process in a session of its own, so that a Ctrl-C in the terminal reaches the command alone, which then still
+has someone to tell how its runs ended. It ends when its standard input does, and so with the command, even if that is
+killed with -9. Its socket is opened by the command and handed on: of several commands at once no two get one port.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+HOST = "127.0.0.1"
+START_S, STOP_S, LOGS_S = 180, 5, 5
+
+
+class ServerError(OSError):
+    """The server did not start."""
+
+
+@contextmanager
+def prefect_server() -> Iterator[None]:
+    """Use the Prefect server of the settings if it listens; else run one for as long as the block lasts.
+
+    Raises:
+        ServerError: it did not start.
+    """
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
+
+    url = PREFECT_API_URL.value()
+    if url and _listens(url):
+        yield
+        return
+    from prefect.logging.handlers import APILogWorker
+
+    with temporary_settings({PREFECT_API_URL: None}), tempfile.TemporaryFile() as said:
+        settings = get_current_settings().to_environment_variables(exclude_unset=True)
+        with FileLock(
+            PREFECT_HOME.value() / "starting.lock"
+        ):  # two that make the database at once would fail
+            process, address = _start(settings, said)
+        try:
+            with temporary_settings({PREFECT_API_URL: f"{address}/api"}):
+                yield
+        finally:
+            APILogWorker.drain_all(timeout=LOGS_S)  # what is not sent by now has nowhere to go
+            _stop(process)
+
+
+def _listens(url: str) -> bool:
+    parts = urlsplit(url)
+    try:
+        with socket.create_connection((parts.hostname or HOST, parts.port or 80), timeout=0.5):
+            return True
+    except OSError:
+        return False
+
+
+def _start(settings: Mapping[str, str], said: IO[bytes]) -> tuple[subprocess.Popen[bytes], str]:
+    with socket.create_server((HOST, 0)) as listening:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __spec__.name, str(listening.fileno())],
+            env={**os.environ, **settings, "PREFECT_SERVER_UI_ENABLED": "false"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            pass_fds=[listening.fileno()],
+            start_new_session=True,
+        )
+        address = f"http://{HOST}:{listening.getsockname()[1]}"
+    try:
+        _wait(process, address, said)
+    except BaseException:
+        _stop(process)
+        raise
+    return process, address
+
+
+def _wait(process: subprocess.Popen[bytes], address: str, said: IO[bytes]) -> None:
+    """Ask for its health, which it answers once it has started; a server that ended closes the connection."""
+    import httpx
+
+    try:
+        httpx.get(f"{address}/api/health", timeout=START_S, trust_env=False).raise_for_status()
+    except httpx.HTTPError as error:
+        code = process.poll()
+        said.seek(0)
+        told = said.read().decode(errors="replace").strip().splitlines()
+        raise ServerError(
+            f"the Prefect server of this command did not start ({error}; exit code {code}): {' '.join(told[-3:])}; "
+            "start one yourself with `make up`, or look at PREFECT_HOME and its database"
+        ) from error
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def serve(descriptor: int) -> None:
+    """Be the server, on a socket that is open already."""
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
+    app = create_app(ephemeral=True, final=True)
+    config = uvicorn.Config(app, log_level="error", lifespan="on")
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=descriptor)])
+
+
+def _end_with_the_command() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -1,0 +1,90 @@
+"""The Prefect server of one command: apart from the terminal, gone with the command, never on another one's port."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+
+from flows import own_server
+from flows.own_server import ServerError
+from tests.conftest import ROOT
+
+CODE = """
+import os, sys, time
+from flows.own_server import prefect_server
+from prefect.settings import PREFECT_API_URL
+with prefect_server():
+    print(PREFECT_API_URL.value(), flush=True)
+    sys.stdin.read()
+"""
+
+
+class Command:
+    """A command that works under a server until its input ends, in a group of its own, as from a terminal."""
+
+    def __init__(self, home: Path) -> None:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CODE],
+            cwd=ROOT, env=kept | {"PREFECT_HOME": str(home), "DO_NOT_TRACK": "1"}, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    @property
+    def url(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+            return reply.read() == b"true"
+    except (OSError, HTTPException):  # it may end in the middle of an answer
+        return False
+
+
+def falls_silent(url: str) -> bool:
+    until = time.monotonic() + 30
+    while answers(url) and time.monotonic() < until:
+        time.sleep(0.1)
+    return not answers(url)
+
+
+def test_two_commands_at_once_have_a_server_each_until_they_end(tmp_path: Path) -> None:
+    first, second = Command(tmp_path), Command(tmp_path)
+    urls = first.url, second.url
+    assert urls[0] != urls[1]
+    assert all(url.startswith("http://127.0.0.1:") and answers(url) for url in urls)
+    first.process.communicate("")
+    assert first.process.returncode == 0
+    assert not answers(urls[0])
+    second.process.send_signal(
+        signal.SIGSTOP
+    )  # the terminal's Ctrl-C, before the command itself has looked at it
+    os.killpg(second.process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert answers(urls[1]), "the interrupt of the terminal is not the server's"
+    second.process.kill()
+    assert falls_silent(urls[1]), "a server outlives its command"
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+    monkeypatch.setattr(own_server, "START_S", 60)
+    monkeypatch.setenv(
+        "PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{tmp_path}/nowhere/prefect.db"
+    )
+    with (
+        temporary_settings({PREFECT_API_URL: None, PREFECT_HOME: tmp_path}),
+        pytest.raises(ServerError, match="make up"),
+        own_server.prefect_server(),
+    ):
+        pass
