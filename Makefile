@@ -55,7 +55,7 @@ report: $(STAMP) ## tables, plot data and the report page from runs/ into report
 
 .PHONY: repro
 repro: $(STAMP) ## every table from what changed: dvc repro in the virtual environment
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro
+	@$(BIN)/fscil repro
 
 .PHONY: profile
 profile: $(STAMP) ## what dvc repro runs: make profile PROFILE=miniature (or paper)

@@ -128,3 +128,22 @@ def test_the_project_names_no_path_of_a_machine() -> None:
         and not any(part in {".venv", ".git", ".fscil", "runs", "reports", "data"} for part in p.parts)
     ]
     assert [p.name for p in text_files if any(mark in p.read_text("utf-8") for mark in marks)] == []
+
+
+SLOW_TO_IMPORT = ("diffusers", "peft", "transformers", "mlflow")
+MAY_WAIT = ("tasks/miniature/",)
+
+
+def at_module_level(tree: ast.Module) -> Iterator[str]:
+    yield from imports(ast.Module(body=[n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]))
+
+
+def test_a_command_does_not_wait_for_packages_that_it_may_not_need() -> None:
+    """Seconds for each: they are imported by the function that uses them."""
+    found = [
+        (path, name)
+        for path, tree in trees()
+        for name in at_module_level(tree)
+        if name.split(".")[0] in SLOW_TO_IMPORT and not path.startswith(MAY_WAIT)
+    ]
+    assert found == []
