@@ -44,6 +44,7 @@ from tasks.records import (
     StageRecord,
     Verdict,
 )
+from tasks.secrets import credentials_in
 from tasks.store import Store, Timing, read_lines
 from tasks.tracked import (
     STAGES,
@@ -80,7 +81,7 @@ class TrackingSettings(Frozen):
     """Where MLflow is and how much is shown there. None of it enters a fingerprint.
 
     Raises:
-        ValueError: ``uri`` holds a password.
+        ValueError: ``uri`` or ``artifacts`` holds a password or a key.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -93,13 +94,13 @@ class TrackingSettings(Frozen):
     grid_images: int = Field(gt=0)
     grid_side: int = Field(gt=0)
 
-    @field_validator("uri")
+    @field_validator("uri", "artifacts")
     @classmethod
     def _no_password(cls, uri: str) -> str:
-        if urlsplit(uri).password is not None:
+        if credentials_in(uri):
             raise ValueError(
-                f"tracking.uri for {urlsplit(uri).hostname} holds a password, which would be shown and kept; "
-                "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                "an address with a password or key in it, which would be shown and kept; leave it out and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
         return uri
 
