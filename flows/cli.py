@@ -1,5 +1,6 @@
 """What the commands share: the terminal, exit codes, errors that are for the user, and a Prefect server to run on."""
 
+import io
 import os
 import signal
 import socket
@@ -13,8 +14,12 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
+from tasks.secrets import credentials_in
+from tasks.text import readable
+
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 SERVER_START_S, LOGS_S = 180, 5
+ERROR_CHARS = 8000
 
 console = Console(stderr=True)
 
@@ -40,6 +45,13 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def speak_plainly() -> None:
+    """Print what the terminal's encoding does not have as escapes, where Python would end with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def quieten(prefect_level: str = "WARNING") -> None:
     """Settings that Prefect, diffusers and transformers read when they are imported."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -53,12 +65,29 @@ def quieten(prefect_level: str = "WARNING") -> None:
         Path(home).mkdir(parents=True, exist_ok=True)
 
 
+def prefect_url() -> str | None:
+    """Where the settings say that Prefect's server is.
+
+    Raises:
+        ValueError: the address holds a password or key.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if url and credentials_in(url):
+        raise ValueError(
+            "PREFECT_API_URL holds a name, password or key, which Prefect would print and keep; leave it out and set "
+            "PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
+        )
+    return url
+
+
 @contextmanager
 def prefect_server() -> Iterator[None]:
     """Use the Prefect server of the settings if it listens; else run one for as long as the block lasts."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    url = PREFECT_API_URL.value()
+    url = prefect_url()
     if url and _listens(url):
         yield
         return
@@ -109,5 +138,11 @@ def known_errors() -> tuple[type[Exception], ...]:
 
 def fail(error: Exception, code: int) -> int:
     """Say what went wrong; return the exit code."""
-    console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"error: {readable(str(error), ERROR_CHARS)}",
+        style="red",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     return code

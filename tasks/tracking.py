@@ -46,6 +46,7 @@ from tasks.records import (
 )
 from tasks.secrets import credentials_in
 from tasks.store import Store, Timing, read_lines
+from tasks.text import readable
 from tasks.tracked import (
     STAGES,
     accuracy_metrics,
@@ -54,6 +55,7 @@ from tasks.tracked import (
     contact_sheet,
     content_id,
     digest_tags,
+    distinct,
     flat,
     plain,
     prompt_table,
@@ -394,7 +396,7 @@ class Tracker:
                     folder / images.images.name / row.path for row in members[: self.settings.grid_images]
                 ]
                 sheet = contact_sheet(shown, self.settings.grid_side)
-                save_series(sheet, Path(work), f"class~{plain(name)}", images, stamp)
+                save_series(sheet, Path(work), f"class~{distinct(name)}", images, stamp)
             self._client.log_artifacts(child.info.run_id, work, "images")
         self._log_table(child, f"prompts_epoch_{images.epoch:03d}.json", prompt_table(rows))
         self._log(child.info.run_id, tags={"mlflow.loggedImages": "True", mark: images.images.digest})
@@ -503,4 +505,4 @@ def _took(stage: str, timing: Timing) -> dict[str, float]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
+    return readable((str(error).splitlines() or [""])[0], 500)
