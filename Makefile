@@ -103,6 +103,11 @@ check: $(STAMP) ## ruff, the type checker and the import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+.PHONY: audit
+audit: ## compare the pinned dependencies with published advisories (needs the network; not part of check)
+	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/python -m pip install --quiet pip-audit; }
+	@.audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+
 .PHONY: pretrain
 pretrain: $(STAMP) ## train the miniature's weights again (about four hours of one core)
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[pretrain]'

@@ -40,10 +40,11 @@ from flows.cli import (
     fail,
     known_errors,
     quieten,
+    speak_plainly,
     terminable,
 )
 from flows.commands import cell, data, gc, profile, repro, restore, settings, track
-from flows.own_server import prefect_server
+from flows.own_server import prefect_server, prefect_url
 
 SWEPT = ("dataset", "method", "seed")
 
@@ -51,6 +52,7 @@ SWEPT = ("dataset", "method", "seed")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, run what it says, return the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    speak_plainly()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0 if arguments else EXIT_USAGE
@@ -101,6 +103,7 @@ def _run(arguments: Sequence[str]) -> int:
     from flows.report import print_table
 
     try:
+        prefect_url()
         for config in configs:
             preflight(config)
     except known_errors() as error:

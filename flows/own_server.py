@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from tasks.secrets import credentials_in
+
 HOST = "127.0.0.1"
 START_S, STOP_S, LOGS_S = 180, 5, 5
 
@@ -31,11 +33,12 @@ def prefect_server() -> Iterator[None]:
     """Use the Prefect server of the settings if it listens; else run one for as long as the block lasts.
 
     Raises:
+        ValueError: the settings' address holds a password or key.
         ServerError: it did not start.
     """
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
 
-    url = PREFECT_API_URL.value()
+    url = prefect_url()
     if url and _listens(url):
         yield
         return
@@ -53,6 +56,23 @@ def prefect_server() -> Iterator[None]:
         finally:
             APILogWorker.drain_all(timeout=LOGS_S)  # what is not sent by now has nowhere to go
             _stop(process)
+
+
+def prefect_url() -> str | None:
+    """Where the settings say that Prefect's server is.
+
+    Raises:
+        ValueError: the address holds a password or key.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if url and credentials_in(url):
+        raise ValueError(
+            "PREFECT_API_URL holds a name, password or key, which Prefect would print and keep; leave it out and set "
+            "PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
+        )
+    return url
 
 
 def _listens(url: str) -> bool:
@@ -91,12 +111,11 @@ def _wait(process: subprocess.Popen[bytes], address: str, said: IO[bytes]) -> No
     try:
         httpx.get(f"{address}/api/health", timeout=START_S, trust_env=False).raise_for_status()
     except httpx.HTTPError as error:
-        code = process.poll()
         said.seek(0)
-        told = said.read().decode(errors="replace").strip().splitlines()
+        told = [line.strip() for line in said.read().decode(errors="replace").splitlines() if "rror" in line]
         raise ServerError(
-            f"the Prefect server of this command did not start ({error}; exit code {code}): {' '.join(told[-3:])}; "
-            "start one yourself with `make up`, or look at PREFECT_HOME and its database"
+            f"the Prefect server of this command did not start ({error}): {'; '.join(told[-4:])}. "
+            "Start one with `make up` and look at its log, or set PREFECT_HOME to another folder"
         ) from error
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import openai
 
+from tasks.text import one_line
 from tasks.vlm.transport import TransportSettings, VlmError, VlmUnavailableError
 
 OUT_OF_CREDIT = ("insufficient_quota", "billing_hard_limit_reached")
@@ -60,13 +61,13 @@ def in_one_sentence(
         without_key: blots the key out of what the provider said.
     """
     s, group, who = settings, settings.group, f"the {settings.noun} at {address}"
-    said = without_key(" ".join(str(getattr(error, "message", error)).split()))[:300]
+    said = one_line(without_key(str(getattr(error, "message", error))), 300)
     if isinstance(error, openai.APITimeoutError):
         return VlmUnavailableError(
             f"{who} did not answer within {s.timeout_s:g} s; raise {group}.timeout_s or lower {group}.concurrency"
         )
     if isinstance(error, openai.APIConnectionError):
-        cause = without_key(str(error.__cause__ or said))
+        cause = one_line(without_key(str(error.__cause__ or said)), 300)
         return VlmUnavailableError(
             f"no {s.noun} answers at {address} ({cause}); "
             f"start the server there, correct {group}.base_url, or {s.instead}"

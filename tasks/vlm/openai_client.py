@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.records import Usage
+from tasks.text import shortened
 from tasks.vlm.client import ChatClient, Message, OnReply, Reply, Request, Sampling, VlmSettings
 from tasks.vlm.endpoint import Call, Connection, Endpoint, served_models
 from tasks.vlm.failures import BrokenReplyError
@@ -16,6 +17,9 @@ from tasks.vlm.pacing import Backoff, Guess
 
 IMAGE_TOKENS = {"low": 100, "auto": 800, "high": 800}
 """A first guess, by detail; providers count otherwise and say so with every answer."""
+
+CHARS_PER_TOKEN, MODEL_CHARS = 16, 200
+"""What a reply, and the name that a server gives itself, are cut to: more than any that keeps its limit."""
 
 
 class OpenAiClient(ChatClient):
@@ -121,7 +125,12 @@ class OpenAiClient(ChatClient):
         )
         text = message.content or getattr(message, "refusal", None) or ""
         model = completion.model or self._settings.model
-        return Reply(text=blot(text), usage=self._settings.priced(tokens), model=blot(model))
+        most = CHARS_PER_TOKEN * max(self._settings.max_tokens, 1000)
+        return Reply(
+            text=shortened(blot(text), most),
+            usage=self._settings.priced(tokens),
+            model=shortened(blot(model), MODEL_CHARS),
+        )
 
 
 def _content(message: Message, detail: str) -> str | list[dict[str, Any]]:
