@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 DATASET ?= digits
 SEEDS ?= 0,1,2,3,4
 STORM ?= 50
+JOBS ?= 2
 PROFILE ?= miniature
 METHODS ?= finetune,fixed_sd,guided
 PREFECT_PORT ?= 4200
@@ -79,8 +80,8 @@ down: $(STAMP) ## end what `make up` started
 	@$(BIN)/python -m flows down
 
 .PHONY: test
-test: data ## the test suite
-	@$(BIN)/python -m pytest
+test: data ## the test suite, in JOBS processes of one thread
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: test-slow
 test-slow: data ## the tests that take minutes
