@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from flows.cli import console, known_errors
+from flows.server_lost import told_if_lost
 from tasks.secrets import credentials_in
 
 HOST = "127.0.0.1"
@@ -32,26 +34,36 @@ class ServerError(OSError):
 def prefect_server() -> Iterator[None]:
     """Use the Prefect server of the settings if it listens; else run one for as long as the block lasts.
 
+    A server that the environment names and that does not listen is told of.
+
     Raises:
         ValueError: the settings' address holds a password or key.
         ServerError: it did not start.
+        ServerLostError: it does not answer any more.
     """
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
 
     url = prefect_url()
     if url and _listens(url):
-        yield
+        with told_if_lost(url, known_errors):
+            yield
         return
+    if url and os.environ.get("PREFECT_API_URL"):
+        console.print(
+            f"no Prefect server listens at {url}; this command runs one of its own",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
     from prefect.logging.handlers import APILogWorker
 
     with temporary_settings({PREFECT_API_URL: None}), tempfile.TemporaryFile() as said:
         settings = get_current_settings().to_environment_variables(exclude_unset=True)
-        with FileLock(
-            PREFECT_HOME.value() / "starting.lock"
-        ):  # two that make the database at once would fail
+        with FileLock(PREFECT_HOME.value() / "starting.lock"):  # of two that make the database one would fail
             process, address = _start(settings, said)
         try:
-            with temporary_settings({PREFECT_API_URL: f"{address}/api"}):
+            with (
+                temporary_settings({PREFECT_API_URL: f"{address}/api"}),
+                told_if_lost(address, known_errors),
+            ):
                 yield
         finally:
             APILogWorker.drain_all(timeout=LOGS_S)  # what is not sent by now has nowhere to go

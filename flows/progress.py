@@ -16,6 +16,7 @@ from prefect.logging.handlers import APILogHandler
 from rich.console import Console
 
 from flows.config import ExperimentConfig
+from flows.server_lost import extra
 from flows.session_page import artifact_key, mlflow_place, session_page
 from tasks.records import EpochRecord, ExperimentRecord, SessionAccuracy, SessionRecord, Usage
 from tasks.text import readable
@@ -50,7 +51,7 @@ def tag_run(*tags: str) -> None:
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         return
-    with get_client(sync_client=True) as client:
+    with extra("tags"), get_client(sync_client=True) as client:
         client.update_flow_run(context.flow_run.id, tags=sorted({*context.flow_run.tags, *tags}))
 
 
@@ -93,7 +94,8 @@ def show_session(
     spent = budget(record.images_drawn, record.usage, record.unparsed, record.drawing)
     places = [f"Results: `{place}`", mlflow_place(config.tracking, config.run_key), f"Spent: {spent}"]
     page = session_page(title, record, epochs, folder, places)
-    create_markdown_artifact(page, artifact_key(title), f"{title}: epochs, pictures, test accuracy")
+    with extra("page of the session"):
+        create_markdown_artifact(page, artifact_key(title), f"{title}: epochs, pictures, test accuracy")
 
 
 def show_experiment(record: ExperimentRecord) -> None:
@@ -110,9 +112,10 @@ def show_experiment(record: ExperimentRecord) -> None:
     ]
     spent = budget(record.images_drawn, record.usage, record.unparsed, record.drawing)
     note(f"done: A_base {record.a_base:.1%}, A_last {record.a_last:.1%}, A_avg {record.a_avg:.1%}; {spent}")
-    create_table_artifact(
-        table=rows, key="session-accuracy", description=f"{record.run}: test accuracy by session; {spent}"
-    )
+    with extra("table of sessions"):
+        create_table_artifact(
+            table=rows, key="session-accuracy", description=f"{record.run}: test accuracy by session; {spent}"
+        )
 
 
 def budget(images: int, usage: Usage, unparsed: int, drawing: Usage) -> str:

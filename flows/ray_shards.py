@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from prefect_ray import RayTaskRunner
 
 LOST_WORKERS = 5
+RESUMES = (
+    "shards that are sealed stay: see `ray status`, then the same command goes on, on another cluster too"
+)
 AHEAD = 2
 """Shards handed out for each that the cluster draws at once, so that no worker waits for this process."""
 
@@ -106,7 +109,7 @@ class RayDrawer:
         """Draw the shards; the order's adapter crosses to each machine once.
 
         Raises:
-            ClusterError: a shard lost its worker more than LOST_WORKERS times.
+            ClusterError: a shard lost its worker more than LOST_WORKERS times, or the cluster is gone.
         """
         import ray
         from prefect_ray.context import remote_options
@@ -119,9 +122,12 @@ class RayDrawer:
                         given = {"parcel": parcel, "shard": waiting.popleft()}
                         under_way.append(self._runner.submit(draw_on_worker, given))
                 yield _result(under_way.popleft())
+        except (ray.exceptions.RayError, ConnectionError) as error:
+            raise ClusterError(f"the Ray cluster is gone ({error}); {RESUMES}") from error
         finally:
-            for future in under_way:
-                ray.cancel(future.wrapped_future)
+            with suppress(ray.exceptions.RayError, ConnectionError):
+                for future in under_way:
+                    ray.cancel(future.wrapped_future)
 
 
 @contextmanager
@@ -137,5 +143,7 @@ def _without_parameters() -> Iterator[None]:
 def _result(future: Any) -> Drawn:
     future.wait()
     if future.state.is_crashed():
-        raise ClusterError(f"a shard lost its Ray worker {LOST_WORKERS + 1} times: {future.state.message}")
+        raise ClusterError(
+            f"Ray lost a shard, for good or {LOST_WORKERS + 1} times: {future.state.message}; {RESUMES}"
+        )
     return future.result()

@@ -43,7 +43,7 @@ def track(runs: Path, state: Path, settings: TrackingSettings, keys: Sequence[st
 
     Raises:
         ValueError: a key without a run, or no run at all.
-        MlflowException: MLflow cannot be written to.
+        TrackingError: MLflow cannot be written to.
     """
     found = {folder.key: folder for folder in _folders(runs)}
     if missing := [key for key in keys if key not in found]:

@@ -88,23 +88,32 @@ def _guarded(
         try:
             call(self, *args, **kwargs)
         except Exception as error:  # whatever a database, a server or a disk may raise; nothing else is lost
-            if self.settings.strict:
-                raise
             self.usable = False
+            said = f"MLflow at {self.settings.uri} failed in {call.__name__} ({type(error).__name__}: {first_line(error)})"
+            if self.settings.strict and call.__name__ != "fail":  # then an error is under way already
+                raise TrackingError(
+                    f"{said}; nothing sealed is lost: see that it is well and give the same command again, "
+                    "or set tracking.strict=false, with which a run goes on without it"
+                ) from error
             log.warning(
-                "MLflow failed in %s (%s: %s); the run goes on without it. Run the same command again "
-                "to log what is missing, or set tracking=off",
-                call.__name__, type(error).__name__, first_line(error),
-            )  # fmt: skip
+                "%s; the run goes on without it: `fscil track`, or the same command again, logs later what is missing; "
+                "tracking=off says nothing of it",
+                said,
+            )
 
     return guarded
+
+
+class TrackingError(OSError):
+    """MLflow failed, and the settings say that this stops the run."""
 
 
 class Tracker:
     """Writes one experiment to MLflow. Switched off, every call returns at once.
 
     MLflow being unusable does not stop a run: the first error is one warning and tracking ends for this
-    process; the same command later logs what is missing. With ``settings.strict`` the error is raised.
+    process; the same command or `fscil track` later logs what is missing. With ``settings.strict`` a
+    TrackingError is raised.
     As a context manager it marks the run as failed when an error leaves the block.
 
     Attributes:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from tasks.store import StoreError, digest_of
 from tasks.tracked import contact_sheet, flat, provenance_tags, stage_metrics, verdict_table
-from tasks.tracking import Tracker
+from tasks.tracking import Tracker, TrackingError
 from tasks.tracking_runs import ERROR_TAG, Runs, TrackingSettings, run_tags
 from tests.conftest import ROOT
 from tests.helpers import PROVENANCE, FabricatedRun, fabricate_run
@@ -344,7 +344,7 @@ def test_a_broken_mlflow_warns_once_and_the_run_goes_on(
 
 def test_strict_raises_instead(tmp_path: Path, made: FabricatedRun) -> None:
     (tmp_path / "mlflow.db").write_text("this is no database, whatever its name says" * 100)
-    with pytest.raises(Exception, match="not a database"):
+    with pytest.raises(TrackingError, match=r"failed in start .*not a database.*nothing sealed is lost"):
         tell(settings_at(tmp_path), made)
 
 

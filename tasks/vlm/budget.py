@@ -53,8 +53,10 @@ class Budget:
         self._reserved -= self._cost(worst)
 
     def settle(self, worst: Usage, paid: Usage) -> None:
-        """The request was answered, and this is what it cost."""
+        """The request was answered, and this is what it cost; the most it can, where a limit waits for what is untold."""
         self.release(worst)
+        if self._settings.max_cost is not None and paid.cost == 0.0 and paid.tokens == 0:
+            paid = self._settings.priced(worst)
         self._paid = Usage.total([self._paid, paid])
         if self._ledger is not None:
             self._ledger.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,9 @@
 
 For each selected generated image (a cluster's centre) and all failing originals of its class:
 
-1. every distinct image is captioned once: N + M requests, not N * M;
+1. every distinct image is captioned once: N + M requests, not N * M. A YES or NO in place of a caption is asked for
+   once more, and then counts as none. (Two captions that a server swaps cannot be told from two that it did not:
+   the protocol ties an answer to its question by nothing but the connection.);
 2. every distinct pair of captions is judged once, YES or NO (Eq. 2). A reply that is neither is asked for
    once more, and then counts as similar and is counted;
 3. a centre that differs from any original (the sum of Eq. 1 is positive) has its prompt rewritten towards ONE
@@ -24,7 +26,7 @@ from torch import Tensor
 from tasks.records import Answer, Comparison, Usage, Verdict
 from tasks.vlm.asking import Asker, Progress
 from tasks.vlm.client import ChatClient, Exchange, Picture, Request, VlmSettings
-from tasks.vlm.prompts import clean_prompt, compare, describe, parse_answer, rewrite
+from tasks.vlm.prompts import clean_prompt, compare, describe, is_caption, parse_answer, rewrite
 
 Image = Tensor | Path
 """A picture file, or [3, h, w] in [0, 1]."""
@@ -111,8 +113,9 @@ class Coordinator:
         captions: dict[tuple[str, str], str] = {}
         for chunk in _chunks(list(images), CHUNK):
             asked = [describe(Picture.of(images[name], self._max_side)) for name in chunk]
-            texts = asker.ask_until("captions", asked, lambda text: bool(text.strip()), len(images))
-            captions.update(zip(chunk, (text.strip() for text in texts), strict=True))
+            texts = asker.ask_until("captions", asked, is_caption, len(images))
+            told = (text.strip() if is_caption(text) else "" for text in texts)
+            captions.update(zip(chunk, told, strict=True))
         return captions
 
 

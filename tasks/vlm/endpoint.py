@@ -3,6 +3,7 @@
 A fixed number of workers draw from the list of requests, so that concurrency is bounded; each attempt keeps
 the pace (requests and tokens per minute) and is tried again, with backoff or after the time that the server
 asks for, where trying again may help. The library's own retries are off: they would not keep the pace.
+An attempt ends after ``timeout_s`` in all, however slowly bytes drip, and no more is read than an answer can have.
 When a request fails for good or the budget is used up, no new one is sent, those under way are waited for -
 they are paid for - and then the error is raised. A failed attempt is taken to cost nothing.
 
@@ -18,15 +19,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import openai
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from tasks.records import Usage
 from tasks.vlm.budget import Budget
-from tasks.vlm.failures import FAILURES, headers_of, in_one_sentence, may_pass, moderated
+from tasks.vlm.failures import FAILURES, BrokenReplyError, headers_of, in_one_sentence, may_pass, moderated
 from tasks.vlm.pacing import LONGEST_WAIT, Backoff, Pace, retry_after
+from tasks.vlm.replies import ModelList, understood
 from tasks.vlm.transport import BudgetError, TransportSettings, VlmError, VlmUnavailableError
+from tasks.vlm.wire import NOT_PACKED, bounding
 
 log = logging.getLogger("fscil.vlm")
 logging.getLogger("httpcore2").setLevel(logging.INFO)  # its debug lines hold all headers
@@ -35,7 +39,7 @@ NO_KEY = "none"
 """Sent to servers that ask for no key, so that a key meant for another provider never reaches them."""
 
 Connection = AsyncOpenAI
-Send = Callable[[AsyncOpenAI], Awaitable[Any]]
+Send = Callable[[AsyncOpenAI], Awaitable[bytes]]
 
 
 class Answered(Protocol):
@@ -54,13 +58,13 @@ A = TypeVar("A", bound=Answered)
 class Call(Generic[A]):
     """One request: how it is sent, how its reply is read, and at most what usage it will have.
 
-    ``read`` is given the library's reply and a function that blots out the key; it raises
+    ``send`` gives the bytes of the reply. ``read`` is given them and a function that blots out the key; it raises
     :class:`BrokenReplyError` where there is nothing to be read. ``refused`` stands in for what moderation
     refuses; None makes that an error.
     """
 
     send: Send
-    read: Callable[[Any, Callable[[str], str]], A]
+    read: Callable[[bytes, Callable[[str], str]], A]
     worst: Callable[[], Usage]
     refused: Callable[[], A] | None = None
 
@@ -88,11 +92,17 @@ class Endpoint:
         """
         self._settings = settings
         self._base_url = base_url or settings.base_url
+        self._address = self._base_url or "the provider's address"
         self._direct = direct
         self._backoff = backoff or Backoff()
         self._pace = Pace(settings.requests_per_minute, settings.tokens_per_minute)
         self._budget = Budget(settings, ledger)
         self._stopping: list[Exception] = []
+
+    @property
+    def address(self) -> str:
+        """Who is asked."""
+        return self._address
 
     @property
     def paid(self) -> Usage:
@@ -108,7 +118,8 @@ class Endpoint:
 
         async def work(client: AsyncOpenAI) -> T:
             try:
-                return await send(client)
+                async with asyncio.timeout(self._settings.timeout_s):
+                    return await send(client)
             except FAILURES as error:
                 raise self._in_one_sentence(error) from None
 
@@ -157,18 +168,22 @@ class Endpoint:
         self._budget.reserve(worst)
         try:
             answer = await self._insist(client, call, worst)
-            keep(answer)
         except BaseException:
             self._budget.release(worst)
             raise
-        self._budget.settle(worst, answer.usage)
+        try:
+            keep(answer)
+        finally:  # what cannot be kept, on a full disk, is paid for all the same
+            self._budget.settle(worst, answer.usage)
 
     async def _insist(self, client: AsyncOpenAI, call: Call[A], worst: Usage) -> A:
         attempt = 0
         while True:
             await asyncio.sleep(self._pace.reserve(worst.tokens))
             try:
-                answer = call.read(await call.send(client), self._without_key)
+                async with asyncio.timeout(self._settings.timeout_s):
+                    data = await call.send(client)
+                answer = call.read(data, self._without_key)
             except FAILURES as error:
                 if call.refused is not None and moderated(error):
                     return call.refused()
@@ -191,7 +206,9 @@ class Endpoint:
         if asked > LONGEST_WAIT:
             return None
         self._pace.hold(asked)
-        return asked + self._backoff.seconds(0) - self._backoff.first_s / 2
+        return max(
+            asked + self._backoff.seconds(0) - self._backoff.first_s / 2, self._backoff.seconds(attempt)
+        )
 
     # ------------------------------------------------------------------------------------ the connection
 
@@ -203,13 +220,21 @@ class Endpoint:
         return _run_here(connected)
 
     def _connect(self) -> AsyncOpenAI:
-        return AsyncOpenAI(
+        client = AsyncOpenAI(
             api_key=self._key(),
             base_url=self._base_url,
             timeout=self._settings.timeout_s,
             max_retries=0,
-            http_client=DefaultAsyncHttpxClient(trust_env=False) if self._direct else None,
+            http_client=DefaultAsyncHttpxClient(
+                trust_env=not self._direct,
+                follow_redirects=False,  # the key and the images go to one address alone
+                headers=NOT_PACKED,
+                event_hooks={"response": [bounding(self._settings.longest_reply)]},
+            ),
         )
+        parts = urlsplit(str(client.base_url))  # the library's own, where the settings name none
+        self._address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+        return client
 
     def _key(self) -> str:
         s, name = self._settings, self._settings.api_key_env
@@ -232,8 +257,7 @@ class Endpoint:
         return text.replace(key, "***") if key else text
 
     def _in_one_sentence(self, error: Exception) -> VlmError:
-        address = self._base_url or "the provider's address"
-        return in_one_sentence(error, self._settings, address, self._without_key)
+        return in_one_sentence(error, self._settings, self._address, self._without_key)
 
 
 def _run_here(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -249,8 +273,9 @@ def _run_here(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
 async def served_models(client: AsyncOpenAI) -> list[str]:
     """The models that a server lists; empty if it has no such list."""
     try:
-        return [model.id for model in (await client.models.list()).data or []]
-    except (openai.NotFoundError, openai.APIResponseValidationError, ValueError):  # no list, or no JSON
+        listed = await client.models.with_raw_response.list()
+        return [model.id for model in understood(ModelList, listed.content).data or []]
+    except (openai.NotFoundError, BrokenReplyError):
         return []
     except openai.APIStatusError as error:
         if error.status_code in (405, 501):

@@ -4,6 +4,7 @@ Chat Completions is the subset that hosted and local servers share. How requests
 and paid for is :mod:`tasks.vlm.endpoint`'s.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from tasks.records import Usage
 from tasks.text import shortened
 from tasks.vlm.client import ChatClient, Message, OnReply, Reply, Request, Sampling, VlmSettings
 from tasks.vlm.endpoint import Call, Connection, Endpoint, served_models
-from tasks.vlm.failures import BrokenReplyError
 from tasks.vlm.pacing import Backoff, Guess
+from tasks.vlm.replies import Completion, understood
+
+log = logging.getLogger("fscil.vlm")
 
 IMAGE_TOKENS = {"low": 100, "auto": 800, "high": 800}
 """A first guess, by detail; providers count otherwise and say so with every answer."""
@@ -45,6 +48,7 @@ class OpenAiClient(ChatClient):
             settings, base_url, ledger, direct=settings.kind == "miniature", backoff=backoff
         )
         self._guess = Guess(IMAGE_TOKENS[settings.detail])
+        self._told: set[str] = set()
 
     @property
     def sampling(self) -> Sampling:
@@ -81,11 +85,11 @@ class OpenAiClient(ChatClient):
     def _call(self, messages: Sequence[Message]) -> Call[Reply]:
         size = sum(len(m.text) for m in messages), sum(len(m.pictures) for m in messages)
 
-        def send(client: Connection) -> Any:
-            return client.chat.completions.create(**self._body(messages))
+        async def send(client: Connection) -> bytes:
+            return (await client.chat.completions.with_raw_response.create(**self._body(messages))).content
 
-        def read(completion: Any, blot: Callable[[str], str]) -> Reply:
-            reply = self._reply(completion, blot)
+        def read(data: bytes, blot: Callable[[str], str]) -> Reply:
+            reply = self._reply(understood(Completion, data), blot)
             self._guess.learn(*size, reply.usage.prompt_tokens)
             return reply
 
@@ -103,7 +107,8 @@ class OpenAiClient(ChatClient):
 
     async def _ping(self, client: Connection) -> None:
         hello = Message(role="user", text="Answer with one word: YES.")
-        await client.chat.completions.create(**self._body([hello]))
+        sent = await client.chat.completions.with_raw_response.create(**self._body([hello]))
+        understood(Completion, sent.content)
 
     def _body(self, messages: Sequence[Message]) -> dict[str, Any]:
         s = self._settings
@@ -114,23 +119,23 @@ class OpenAiClient(ChatClient):
         }
         return body if s.temperature is None else {**body, "temperature": s.temperature}
 
-    def _reply(self, completion: Any, blot: Callable[[str], str]) -> Reply:
-        if not getattr(completion, "choices", None):
-            raise BrokenReplyError("a reply without choices")
-        message, usage = completion.choices[0].message, completion.usage
-        tokens = Usage(
-            calls=1,
-            prompt_tokens=usage.prompt_tokens or 0 if usage else 0,
-            completion_tokens=usage.completion_tokens or 0 if usage else 0,
-        )
-        text = message.content or getattr(message, "refusal", None) or ""
-        model = completion.model or self._settings.model
+    def _reply(self, completion: Completion, blot: Callable[[str], str]) -> Reply:
+        said = completion.choices[0].message
+        model = shortened(blot(completion.model or self._settings.model), MODEL_CHARS)
+        self._tell_of(model)
         most = CHARS_PER_TOKEN * max(self._settings.max_tokens, 1000)
-        return Reply(
-            text=shortened(blot(text), most),
-            usage=self._settings.priced(tokens),
-            model=shortened(blot(model), MODEL_CHARS),
-        )
+        text = shortened(blot(said.content or said.refusal or ""), most)
+        return Reply(text=text, usage=self._settings.priced(completion.used), model=model)
+
+    def _tell_of(self, model: str) -> None:
+        """Say once that another model answers; names with an owner or a date more are the same model."""
+        asked = self._settings.model
+        if model not in self._told and asked not in model and model not in asked:
+            self._told.add(model)
+            log.warning(
+                "the VLM at %s answers as %r, and vlm.model is %r; its answers are taken",
+                self._endpoint.address, model[:100], asked,
+            )  # fmt: skip
 
 
 def _content(message: Message, detail: str) -> str | list[dict[str, Any]]:

@@ -103,6 +103,6 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
             return max(0.0, seconds)
     try:
         date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max(0.0, date.timestamp() - (time.time() if now is None else now))

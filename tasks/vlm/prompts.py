@@ -90,6 +90,11 @@ def declines(text: str) -> bool:
     return _REFUSAL.search(text) is not None
 
 
+def is_caption(text: str) -> bool:
+    """Whether a reply can describe an image: it says something, and is no YES or NO, another question's answer."""
+    return bool(text.strip()) and parse_answer(text) == "unparsed"
+
+
 def parse_answer(text: str) -> Answer:
     """YES is similar, NO is different, anything that does not plainly begin with one of them is unparsed.
 
@@ -139,10 +144,10 @@ def clean_prompt(text: str, fits: Callable[[str], bool], fallback: str) -> str:
     Args:
         text: the VLM's reply.
         fits: whether the text encoder takes a prompt whole.
-        fallback: returned if nothing usable is left (an empty reply, a refusal); not checked.
+        fallback: returned if nothing usable is left (an empty reply, a refusal, a judgement); not checked.
     """
     line = _one_line(_candidate(_THINKING.sub(" ", text)))
-    if not line or _REFUSAL.match(line):
+    if not line or _REFUSAL.match(line) or parse_answer(line) != "unparsed":
         return fallback
     words = line.split(" ")
     while words and not (len(line) <= MAX_PROMPT_CHARS and fits(line)):

@@ -48,6 +48,7 @@ class TransportSettings(Frozen):
     group: ClassVar[str] = "vlm"
     noun: ClassVar[str] = "VLM"
     instead: ClassVar[str] = "use vlm=miniature"
+    longest_reply: ClassVar[int] = 4 * 2**20  # bytes; the list of models is the longest that is wanted
 
     base_url: str | None
     api_key_env: str | None

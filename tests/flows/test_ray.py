@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from prefect.states import Crashed
 
 from flows import ray_shards
 from flows.config import load_config
@@ -32,6 +33,23 @@ def test_without_ray_one_sentence_says_what_to_install(monkeypatch: pytest.Monke
     ray_shards.check_ray(load_config([]).runtime)
     with pytest.raises(ValueError, match=r"pip install"):
         ray_shards.check_ray(load_config(["runtime=ray"]).runtime)
+
+
+class Lost:
+    """What Prefect hands out for a shard that Ray gave up."""
+
+    def __init__(self) -> None:
+        self.state = Crashed(message="The worker died unexpectedly")
+
+    def wait(self) -> None:
+        return
+
+
+def test_a_shard_that_ray_gave_up_ends_the_run_with_what_to_do() -> None:
+    with pytest.raises(
+        ray_shards.ClusterError, match=r"6 times: The worker died.*sealed stay.*the same command"
+    ):
+        ray_shards._result(Lost())
 
 
 @pytest.fixture

@@ -20,18 +20,29 @@ import torch
 
 from tasks.images import png_bytes
 
+FLOOD = 2**16
+"""Bytes of one part of a flood."""
+
 
 @dataclass(frozen=True)
 class Act:
-    """What happens to one request: a status and body, or ``hang`` (seconds), ``drop`` or ``cut`` (a broken body)."""
+    """What happens to one request: a status and body, or ``hang`` (seconds), ``drop`` or ``cut`` (a broken body).
+
+    ``die`` announces a whole body and closes in the middle of it, ``drip`` sends it byte by byte, so many seconds
+    apart, ``flood`` is a body of so many bytes, announced or, with ``chunked``, not.
+    """
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    body: object = None  # None: the good answer; a text is sent as it is
+    body: object = None  # None: the good answer; a text or bytes are sent as they are
     hang: float = 0.0
     drop: bool = False
     cut: bool = False
     until: float = 0.0  # ask to wait so many seconds, as a date
+    die: bool = False
+    drip: float = 0.0
+    flood: int = 0
+    chunked: bool = False
 
 
 def refusal(status: int, message: str = "no", code: str | None = None, **headers: str) -> Act:
@@ -60,8 +71,10 @@ class Provider(ThreadingHTTPServer):
         self.sent: list[dict[str, Any]] = []  # bodies, in the order of arrival
         self.times: list[float] = []
         self.keys: set[str] = set()
+        self.seen: list[str] = []  # what was asked for by GET
+        self.listing = Act(404, body={})  # the list of models
         self.billed: Counter[str] = Counter()  # good answers by question
-        self.under_way = self.most_under_way = 0
+        self.under_way = self.most_under_way = self.flooded = 0
 
     @property
     def base_url(self) -> str:
@@ -84,6 +97,12 @@ class Provider(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients hang up here on purpose."""
+
+
+def _bytes(body: object) -> bytes:
+    if isinstance(body, bytes):
+        return body
+    return (body if isinstance(body, str) else json.dumps(body)).encode()
 
 
 def question_of(body: dict[str, Any]) -> str:
@@ -112,32 +131,56 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(act, body)
 
     def do_GET(self) -> None:
-        self._reply(404, {}, b"{}")
+        self.server.seen.append(self.path)
+        act = self.server.listing
+        self._reply(act.status, act.headers, _bytes(act.body))
 
     def _send(self, act: Act, body: dict[str, Any]) -> None:
         good = act.body is None and act.status == 200
-        text = act.body if isinstance(act.body, str) else json.dumps(self._good(body) if good else act.body)
-        data = text.encode()
+        data = _bytes(self._good(body) if good else act.body)
+        if act.die or act.flood:
+            self._never_end(act, data)
+            return
         if act.cut:
             data = data[: len(data) // 2]
         elif good:
             self.server.bill(question_of(body))
         date = email.utils.formatdate(time.time() + act.until, usegmt=True)
-        self._reply(act.status, {**act.headers, "retry-after": date} if act.until else act.headers, data)
+        headers = {**act.headers, "retry-after": date} if act.until else act.headers
+        self._reply(act.status, headers, data, act.drip)
+
+    def _never_end(self, act: Act, data: bytes) -> None:
+        """A body that is broken off, or one that nobody should read to its end."""
+        self.send_response(act.status)
+        size = (
+            ("Transfer-Encoding", "chunked")
+            if act.chunked
+            else ("Content-Length", str(act.flood or len(data)))
+        )
+        self.send_header(*size)
+        self.end_headers()
+        self.close_connection = True
+        if act.die:
+            self.wfile.write(data[: len(data) // 2])
+        for _ in range(act.flood // FLOOD):
+            part = b" " * FLOOD
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if act.chunked else part)
+            self.server.flooded += FLOOD
 
     def _good(self, body: dict[str, Any]) -> dict[str, Any]:
         if self.path.endswith("/images/generations"):
             return image_of(body["prompt"])
         return completion_of(self.server.answer(question_of(body)))
 
-    def _reply(self, status: int, headers: dict[str, str], data: bytes) -> None:
+    def _reply(self, status: int, headers: dict[str, str], data: bytes, drip: float = 0.0) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in headers.items():
+        sent = {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}
+        for name, value in sent.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        for start in range(0, len(data), 1 if drip else max(1, len(data))):
+            self.wfile.write(data[start : start + 1] if drip else data)
+            time.sleep(drip)
 
     def log_message(self, *args: object) -> None:
         return

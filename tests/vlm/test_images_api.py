@@ -1,6 +1,8 @@
 """Images from a provider over real HTTP: what is asked, kept, paid and refused; and the row that trains on them."""
 
 import base64
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,56 @@ def test_trouble_passes_and_what_was_drawn_is_kept(tmp_path: Path) -> None:
             api(provider, tmp_path, concurrency=1, max_retries=3).draw(["a", "b", "c"], [1, 1, 1])
         assert api(provider, tmp_path).draw(["a", "b", "c"], [1, 1, 1]).shape[0] == 3
         assert provider.billed == {"a": 1, "b": 1, "c": 1}
+
+
+def png_of(width: int, height: int, rows: bytes) -> bytes:
+    """A picture that says it has this size, and holds these packed rows."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def sent(*pictures: bytes) -> Act:
+    return Act(
+        body={"created": 0, "data": [{"b64_json": base64.b64encode(one).decode()} for one in pictures]}
+    )
+
+
+GOOD = png_of(1, 1, b"\0\1\2\3")
+
+
+@pytest.mark.parametrize(
+    ("act", "says"),
+    [
+        (sent(png_of(30_000, 30_000, b"\0")), "no picture that can be read"),
+        (sent(png_of(64, 64, b"\0" * 100)), "no picture that can be read"),
+        (sent(GOOD[:44]), "no picture that can be read"),
+        (sent(), r"no image \(data"),
+        (sent(GOOD, GOOD), r"no image \(data"),
+        (Act(body={"data": [{"b64_json": 5}]}), r"no image \(data\.0\.b64_json"),
+        (Act(body={"error": {"message": "billing"}}), "an error in place of an answer: billing"),
+        (Act(flood=80 * 2**20), "more than 67,108,864 bytes"),
+    ],
+    ids=["bomb", "damaged within", "cut", "none", "two", "a number", "an error", "80 MB"],
+)
+def test_what_is_no_image_is_asked_for_again_and_never_kept(act: Act, says: str, tmp_path: Path) -> None:
+    with providing(act) as provider:
+        assert api(provider, tmp_path, timeout_s=60).draw(["a"], [1]).shape == (1, 3, 16, 16)
+        assert provider.billed == {"a": 1}
+    with providing(act) as provider, pytest.raises(VlmError, match=f"image model at .* sent .*{says}"):
+        api(provider, tmp_path, timeout_s=60, max_retries=0).draw(["b"], [1])
+    assert len(list(tmp_path.rglob("*.image"))) == 1
+
+
+@pytest.mark.parametrize("usage", [7, {"input_tokens": None, "output_tokens": "many"}])
+def test_absurd_counts_cost_no_image(usage: object, tmp_path: Path) -> None:
+    with providing(Act(body={**image_of("a"), "usage": usage})) as provider:
+        drawer = api(provider, tmp_path)
+        assert drawer.draw(["a"], [1]).shape == (1, 3, 16, 16)
+        assert drawer.paid == Usage(calls=1, cost=0.5)
 
 
 def test_an_address_in_place_of_an_image_is_not_asked_for_again(tmp_path: Path) -> None:

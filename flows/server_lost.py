@@ -1,0 +1,65 @@
+"""A Prefect server that does not answer any more, and what becomes of the run.
+
+Prefect's client tries again for about a minute (PREFECT_CLIENT_MAX_RETRIES), so a server may be started again under a
+run. After that a flow has nobody to tell its state, and the command ends with one sentence. Nothing of a run lives in
+Prefect alone: what was sealed is sealed, and the same command goes on, on a server of its own where none listens.
+Pages, tags and progress are extras: one that Prefect does not take is a warning.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import httpx
+
+log = logging.getLogger("fscil.prefect")
+
+
+class ServerLostError(OSError):
+    """The Prefect server does not answer any more."""
+
+
+@contextmanager
+def told_if_lost(url: str, known: Callable[[], tuple[type[Exception], ...]]) -> Iterator[None]:
+    """Put a lost server into one sentence, with the error that could not be reported to it, if there was one.
+
+    Args:
+        url: of the server.
+        known: gives the errors that are for the user.
+
+    Raises:
+        ServerLostError: the server does not answer.
+    """
+    try:
+        yield
+    except (httpx.HTTPError, RuntimeError) as error:
+        if not _lost(error):
+            raise
+        first = _before(error, known())
+        also = f"{first}; besides, " if first else ""
+        raise ServerLostError(
+            f"{also}the Prefect server at {url} does not answer any more "
+            f"({type(error).__name__}: {error}); nothing sealed is lost - the same command goes on from here"
+        ) from error
+
+
+@contextmanager
+def extra(what: str) -> Iterator[None]:
+    """Something that Prefect shows and no run needs: where the server takes it not, a warning says so."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        log.warning("Prefect takes no %s (%s: %s)", what, type(error).__name__, error)
+
+
+def _lost(error: Exception) -> bool:
+    """Prefect's client raises httpx's errors, and a RuntimeError where it greets a server in vain."""
+    return isinstance(error, httpx.HTTPError) or "Failed to reach API" in str(error)
+
+
+def _before(error: BaseException, known: tuple[type[Exception], ...]) -> BaseException | None:
+    """The error for the user that was under way when the server was found lost."""
+    context = error.__context__
+    while context is not None and not isinstance(context, known):
+        context = context.__context__
+    return context

@@ -1,0 +1,166 @@
+"""A Prefect server that is not there, or dies at the start, in the middle or at the end of a run."""
+
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+from flows import experiment, own_server, progress, session
+from flows.cli import known_errors
+from flows.experiment import fscil
+from flows.server_lost import ServerLostError, extra, told_if_lost
+from tasks.vlm.transport import VlmError
+from tests.conftest import Place
+
+
+class Line:
+    """A way to a server that can be cut: what is sent on the way is carried both ways until then."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._to = (parts.hostname or "127.0.0.1", parts.port or 80)
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self._whole = True
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}{parts.path}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self, *_: object) -> None:
+        """From now on nobody answers here."""
+        if not self._whole:
+            return
+        self._whole = False
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        for one in self._open:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while self._whole:
+            try:
+                near, _ = self._listening.accept()
+                far = socket.create_connection(self._to)
+            except OSError:
+                return
+            self._open += [near, far]
+            for here, there in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=(here, there), daemon=True).start()
+
+    def _carry(self, here: socket.socket, there: socket.socket) -> None:
+        with suppress(OSError):
+            while data := here.recv(2**16):
+                there.sendall(data)
+        with suppress(OSError):
+            there.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def on(line: Line) -> Iterator[None]:
+    """As a command does, with a server that listens at the other end of a line."""
+    with (
+        temporary_settings({PREFECT_API_URL: line.url, PREFECT_CLIENT_MAX_RETRIES: 0}),
+        own_server.prefect_server(),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("moment", ["start", "middle", "end"])
+def test_a_server_that_dies_ends_the_run_in_one_sentence_and_nothing_is_lost(
+    moment: str, finished: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path)
+    shutil.copytree(finished.root / "state", tmp_path / "state")
+    line = Line(str(PREFECT_API_URL.value()))
+    seams = {
+        "start": (experiment, "note"),
+        "middle": (session, "say_epoch"),
+        "end": (experiment, "show_experiment"),
+    }
+    module, name = seams[moment]
+    real = getattr(module, name)
+
+    def dying(*given: object) -> None:
+        line.cut()
+        real(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, dying)
+        with (
+            pytest.raises(
+                ServerLostError, match=r"does not answer any more .*the same command goes on from here"
+            ),
+            on(line),
+        ):
+            fscil("digits", "guided", 0, place.overrides())
+    assert (place.run("guided") / "experiment.json").is_file() == (moment == "end")
+    fscil("digits", "guided", 0, place.overrides())
+    assert place.files("guided") == finished.files("guided")
+
+
+def test_the_error_that_could_not_be_reported_comes_first() -> None:
+    def reporting() -> None:
+        try:
+            raise VlmError("the VLM at x takes no more requests")
+        except VlmError:
+            raise httpx.ConnectError("refused")  # noqa: B904 - as Prefect's engine does
+
+    with (
+        pytest.raises(
+            ServerLostError, match=r"^the VLM at x takes no more requests; besides, the Prefect server at"
+        ),
+        told_if_lost("http://me:sesame@127.0.0.1:1/api", known_errors),
+    ):
+        reporting()
+
+
+def test_a_secret_in_the_address_is_not_repeated_and_other_errors_stay_as_they_are() -> None:
+    with (
+        pytest.raises(ServerLostError, match=r"127\.0\.0\.1:1/api does") as stop,
+        told_if_lost("http://me:sesame@127.0.0.1:1/api", known_errors),
+    ):
+        raise RuntimeError("Failed to reach API at somewhere")
+    assert "sesame" not in str(stop.value)
+    with (
+        pytest.raises(RuntimeError, match=r"^out of memory$"),
+        told_if_lost("http://127.0.0.1:1/api", known_errors),
+    ):
+        raise RuntimeError("out of memory")
+
+
+def test_an_address_where_nobody_listens_is_told_and_a_server_of_its_own_is_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    started: list[object] = []
+
+    def start(*given: object) -> tuple[None, str]:
+        started.append(given)
+        return None, "http://127.0.0.1:2"
+
+    monkeypatch.setattr(own_server, "_start", start)
+    monkeypatch.setattr(own_server, "_stop", lambda _process: None)
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    with (
+        temporary_settings({PREFECT_API_URL: "http://me:sesame@127.0.0.1:1/api"}),
+        own_server.prefect_server(),
+    ):
+        assert PREFECT_API_URL.value() == "http://127.0.0.1:2/api"
+    said = capsys.readouterr().err
+    assert said == "no Prefect server listens at http://127.0.0.1:1/api; this command runs one of its own\n"
+    assert len(started) == 1
+
+
+def test_a_page_that_prefect_does_not_take_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with extra("page of the session"):
+        raise httpx.ReadTimeout("late")
+    assert [record.message for record in caplog.records] == [
+        "Prefect takes no page of the session (ReadTimeout: late)"
+    ]
+    assert progress.extra is extra
