@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 
+from tasks.whereabouts import with_place
+
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 SERVER_START_S, LOGS_S = 180, 5
 
@@ -109,5 +111,5 @@ def known_errors() -> tuple[type[Exception], ...]:
 
 def fail(error: Exception, code: int) -> int:
     """Say what went wrong; return the exit code."""
-    console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"error: {with_place(error)}", style="red", highlight=False, markup=False, soft_wrap=True)
     return code
