@@ -9,7 +9,6 @@ be read again but not drawn again.
 import base64
 import binascii
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
-from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from tasks.images import Format, load_images
+from tasks.images import Format, UnreadableImageError, load_images, refuse_unreadable
 from tasks.records import Digest, Usage
 from tasks.store import write_atomic
 from tasks.vlm.endpoint import Call, Connection, Endpoint, served_models
@@ -188,9 +186,8 @@ class ImagesApi:
             )
         try:
             data = base64.b64decode(reply.data[0].b64_json, validate=True)
-            with Image.open(io.BytesIO(data)) as picture:
-                picture.verify()
-        except (binascii.Error, OSError, SyntaxError) as error:
+            refuse_unreadable(data, "reply")
+        except (binascii.Error, UnreadableImageError) as error:
             raise BrokenReplyError(f"something that is no picture ({error})") from error
         told = reply.usage
         usage = Usage(

@@ -111,17 +111,34 @@ class OpenAiClient(ChatClient):
         return body if s.temperature is None else {**body, "temperature": s.temperature}
 
     def _reply(self, completion: Any, blot: Callable[[str], str]) -> Reply:
-        if not getattr(completion, "choices", None):
+        choices = getattr(completion, "choices", None)
+        message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+        if message is None:
             raise BrokenReplyError("a reply without choices")
-        message, usage = completion.choices[0].message, completion.usage
+        usage = completion.usage
         tokens = Usage(
             calls=1,
-            prompt_tokens=usage.prompt_tokens or 0 if usage else 0,
-            completion_tokens=usage.completion_tokens or 0 if usage else 0,
+            prompt_tokens=_count(usage, "prompt_tokens"),
+            completion_tokens=_count(usage, "completion_tokens"),
         )
-        text = message.content or getattr(message, "refusal", None) or ""
+        text = getattr(message, "content", None) or getattr(message, "refusal", None) or ""
         model = completion.model or self._settings.model
-        return Reply(text=blot(text), usage=self._settings.priced(tokens), model=blot(model))
+        if not isinstance(text, str) or not isinstance(model, str):
+            raise BrokenReplyError(f"a reply whose text is none ({str(text)[:80]!r} of {str(model)[:80]!r})")
+        return Reply(
+            text=_encodable(blot(text)), usage=self._settings.priced(tokens), model=_encodable(blot(model))
+        )
+
+
+def _count(usage: object, name: str) -> int:
+    """A number of tokens as the server told it; 0 where it told none or something else."""
+    told = getattr(usage, name, None)
+    return told if isinstance(told, int) and told >= 0 else 0
+
+
+def _encodable(text: str) -> str:
+    """The text with a question mark for half a pair of surrogates, which JSON can name and no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _content(message: Message, detail: str) -> str | list[dict[str, Any]]:

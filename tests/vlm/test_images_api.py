@@ -1,10 +1,13 @@
 """Images from a provider over real HTTP: what is asked, kept, paid and refused; and the row that trains on them."""
 
 import base64
+import io
+import struct
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from provider import Act, Provider, image_of, providing, refusal
 
 from flows.config import ConfigError, ExperimentConfig, load_config
@@ -79,6 +82,22 @@ def test_trouble_passes_and_what_was_drawn_is_kept(tmp_path: Path) -> None:
             api(provider, tmp_path, concurrency=1, max_retries=3).draw(["a", "b", "c"], [1, 1, 1])
         assert api(provider, tmp_path).draw(["a", "b", "c"], [1, 1, 1]).shape[0] == 3
         assert provider.billed == {"a": 1, "b": 1, "c": 1}
+
+
+@pytest.mark.parametrize("harm", ["cut", "bomb"])
+def test_a_picture_that_cannot_be_decoded_is_not_kept_but_asked_for_again(tmp_path: Path, harm: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (90, 90), "red").save(buffer, "JPEG")
+    data = buffer.getvalue()
+    if harm == "cut":
+        data = data[: len(data) * 2 // 3]  # its header is whole
+    else:
+        at = data.index(b"\xff\xc0") + 5
+        data = data[:at] + struct.pack(">HH", 30_000, 30_000) + data[at + 4 :]
+    broken = {"created": 0, "data": [{"b64_json": base64.b64encode(data).decode()}]}
+    with providing(Act(body=broken)) as provider:
+        assert api(provider, tmp_path).draw(["a"], [1]).shape[0] == 1
+        assert len(provider.sent) == 2
 
 
 def test_an_address_in_place_of_an_image_is_not_asked_for_again(tmp_path: Path) -> None:
