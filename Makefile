@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 DATASET ?= digits
 SEEDS ?= 0,1,2,3,4
 STORM ?= 50
+FUZZ ?= 2000
 PROFILE ?= miniature
 METHODS ?= finetune,fixed_sd,guided
 PREFECT_PORT ?= 4200
@@ -94,6 +95,10 @@ bench: data ## speed and memory against what people use today, into reports/benc
 .PHONY: storm
 storm: data ## kill runs at every kind of moment and compare what they end with: make storm STORM=50
 	@$(BIN)/python -m tests.storm --runs $(STORM)
+
+.PHONY: fuzz
+fuzz: data ## look long for input that breaks a parser or a promise: make fuzz FUZZ=2000 (examples of each kind)
+	@FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/properties --timeout 86400
 
 .PHONY: check
 check: $(STAMP) ## ruff, the type checker and the import contracts
