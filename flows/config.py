@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
 
 from flows.convergence import StoppingSettings
@@ -229,11 +227,7 @@ def _composed(primary: str, model: type[Settings], overrides: Sequence[str]) -> 
     try:
         with _COMPOSING, initialize_config_dir(str(CONFIGS), version_base="1.3"):
             composed = OmegaConf.to_container(compose(primary, overrides=list(overrides)), resolve=True)
-    except (
-        HydraException,
-        OmegaConfBaseException,
-        ValueError,
-    ) as error:  # ValueError: a group that is no name
+    except Exception as error:  # Hydra raises errors of any kind, asserts among them, for what it cannot read
         raise ConfigError(_hydra_sentence(error, overrides, model)) from error
     assert isinstance(composed, dict), "the primary config is a mapping"
     return _validated(model, composed)

@@ -27,6 +27,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("override", "says"),
     [
         ("dataset=nope", ["dataset=nope is unknown", "digits"]),
+        ("dataset=0", ["dataset=0 is unknown", "digits"]),
         ("method=nope", ["method=nope is unknown", "guided", "fixed_sd"]),
         ("tuning.updats=3", ["tuning.updats", "tuning.updates"]),
         ("tuning.updates=many", ["tuning.updates", "many"]),

@@ -11,6 +11,9 @@ import torch
 
 from flows.experiment import fscil
 from tasks import tune_lora
+from tasks.collapse import CollapseError
+from tasks.diffusion import adapters
+from tasks.diffusion.generator import StableDiffusion
 from tasks.memory import MemoryShortageError
 from tasks.whereabouts import with_place
 from tests.conftest import Place
@@ -48,10 +51,23 @@ def test_a_tuning_that_diverges_is_not_sealed(place: Place) -> None:
     assert sealed(place, "tune_lora") == before
 
 
-def test_a_collapsed_adapter_s_images_are_not_sealed_nor_trained_on(place: Place) -> None:
+def test_a_collapsed_adapter_s_images_are_not_sealed_nor_trained_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = StableDiffusion.draw
+
+    def collapsed(self: StableDiffusion, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        images = draw(self, prompts, seeds)
+        return (
+            images.mean((2, 3), keepdim=True).expand_as(images) if adapters.is_attached(self.unet) else images
+        )
+
+    monkeypatch.setattr(StableDiffusion, "draw", collapsed)
     drawn, trained = sealed(place, "regenerate"), sealed(place, "train_classifier")
-    said = sentence(place, ValueError, "tuning.learning_rate=1e3", "tuning.updates=1")
-    assert said.startswith("session 0, epoch 0, regenerate: ")
+    said = sentence(place, CollapseError, "tuning.updates=1")
+    assert said.startswith(
+        "session 0, epoch 0, regenerate: 48 of 48 generated images are near-constant (zero 8, "
+    )
     assert "lower tuning.learning_rate" in said
     assert sealed(place, "regenerate") == drawn
     assert sealed(place, "train_classifier") == trained
