@@ -3,6 +3,7 @@
 Each goes on from the sealed stages of the experiment that the session of tests has finished, in a copy of its state.
 """
 
+import re
 import shutil
 from pathlib import Path
 
@@ -65,8 +66,8 @@ def test_a_collapsed_adapter_s_images_are_not_sealed_nor_trained_on(
     monkeypatch.setattr(StableDiffusion, "draw", collapsed)
     drawn, trained = sealed(place, "regenerate"), sealed(place, "train_classifier")
     said = sentence(place, CollapseError, "tuning.updates=1")
-    assert said.startswith(
-        "session 0, epoch 0, regenerate: 48 of 48 generated images are near-constant (zero 8, "
+    assert re.match(
+        r"session 0, epoch 0, regenerate: (\d+) of \1 generated images are near-constant \(zero \d+, ", said
     )
     assert "lower tuning.learning_rate" in said
     assert sealed(place, "regenerate") == drawn
