@@ -66,7 +66,7 @@ class Line:
 def on(line: Line) -> Iterator[None]:
     """As a command does, with a server that listens at the other end of a line."""
     with (
-        temporary_settings({PREFECT_API_URL: line.url, PREFECT_CLIENT_MAX_RETRIES: 0}),
+        temporary_settings({PREFECT_API_URL: line.url, PREFECT_CLIENT_MAX_RETRIES: 1}),
         own_server.prefect_server(),
     ):
         yield
