@@ -69,8 +69,6 @@ def regenerate(
     def compute(work: StageFolder) -> AugmentationSet:
         rows, batch = _draw_shards(context, epoch, work.path, slots, seeds, generator, adapter)
         write_lines(work.path / "manifest.jsonl", rows)
-        for shard in sorted(work.path.glob("shard-*.jsonl")):
-            shard.unlink()
         return AugmentationSet(
             epoch=epoch,
             adapter=adapter.digest if adapter else None,
@@ -90,6 +88,7 @@ def regenerate(
         output=AugmentationSet,
         compute=compute,
         keep_partial=True,
+        scrap="shard-*.jsonl",
     )
 
 
