@@ -75,8 +75,6 @@ def regenerate(
         seen = drawn_tensors(context, work.path / "images", rows)
         refuse_collapse(seen, rows, context.class_names, adapted=adapter is not None)
         write_lines(work.path / "manifest.jsonl", rows)
-        for shard in sorted(work.path.glob("shard-*.jsonl")):
-            shard.unlink()
         return AugmentationSet(
             epoch=epoch,
             adapter=adapter.digest if adapter else None,
@@ -96,6 +94,7 @@ def regenerate(
         output=AugmentationSet,
         compute=compute,
         keep_partial=True,
+        scrap="shard-*.jsonl",
     )
 
 

@@ -7,7 +7,8 @@ State lives below one root (``.fscil``), ignored by git and DVC:
     locks/  vlm/  runs/                     file locks, VLM answers, provenance
 
 A stage computes in its ``.partial`` folder; its record is written last, everything is synced and the
-folder renamed, so presence means complete. Nothing sealed is written again. The fingerprint is a
+folder renamed, so presence means complete. A ``.partial`` with a record lacks only its name and is given it.
+Nothing sealed is written again. The fingerprint is a
 sha256 of stage, version, the settings that the stage reads, its input digests and its seed; device,
 workers and paths stay out, so the same work is the same folder whichever run asks for it.
 """
@@ -22,6 +23,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +31,7 @@ from typing import TypeVar
 from filelock import FileLock
 from pydantic import BaseModel
 
+from tasks.disk import writing
 from tasks.memory import PeakMemory
 from tasks.records import ArtifactKind, ArtifactRef, Digest, Frozen, Output, StageRecord
 from tasks.whereabouts import inside
@@ -115,19 +118,32 @@ def fingerprint(
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: temporary sibling, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a whole file or nothing: temporary sibling, fsync, rename, fsync of the folder.
+
+    Raises:
+        DiskError: the disk is full, fails or is read-only, or a file is where a folder should be.
+    """
     data = content.encode() if isinstance(content, str) else content
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a folder with all in it, or a link; never what a link points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def clear_leftovers(paths: Iterable[Path]) -> None:
@@ -135,10 +151,8 @@ def clear_leftovers(paths: Iterable[Path]) -> None:
     for path in list(paths):
         owner = re.search(r"\.(\d+)(\.\d+)?\.tmp$", path.name)
         if owner is None or not _lives(int(owner[1])):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            with suppress(OSError):  # what cannot go does no harm
+                remove(path)
 
 
 def _lives(process: int) -> bool:
@@ -153,8 +167,12 @@ def _lives(process: int) -> bool:
 
 def write_json(path: Path, value: BaseModel | Mapping[str, object]) -> None:
     """Write a model or mapping as indented JSON with a final newline, atomically."""
+    write_atomic(path, _as_text(value))
+
+
+def _as_text(value: BaseModel | Mapping[str, object]) -> str:
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else canonical(value)
-    write_atomic(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+    return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -216,13 +234,17 @@ def _sync_tree(folder: Path) -> None:
 
 
 class Timing(Frozen):
-    """How long a stage took, when it ended and where, and the memory it held; beside the record, never inside it."""
+    """How long a stage took, when it ended and where, and the memory it held; beside the record, never inside it.
+
+    ``record`` is the digest of the record's file, by which a changed one is known; None in files of before it was kept.
+    """
 
     seconds: float
     finished: str
     host: str
     peak_mib: float | None = None
     gpu_peak_mib: float | None = None
+    record: Digest | None = None
 
     @property
     def timestamp_ms(self) -> int:
@@ -262,6 +284,7 @@ class Store:
         output: type[Output],
         compute: Callable[[StageFolder], Output],
         keep_partial: bool = False,
+        scrap: str | None = None,
     ) -> StageRecord[Output]:
         """Return the sealed record of this work, computing and sealing it first if need be.
 
@@ -274,18 +297,21 @@ class Store:
             output: the type of the record's output.
             compute: does the work in the folder it is given.
             keep_partial: a killed attempt's folder is handed to the next one (for stages with shards).
+            scrap: names (a glob) of what only a next attempt needs, deleted once the record is written.
 
         Raises:
-            StoreError: a damaged record that cannot be moved aside, or a failing disk.
+            DiskError: the disk is full, fails or is read-only; what was there before is as it was.
         """
         mark = fingerprint(stage, version, settings, inputs, seed)
-        with self.lock(f"{stage}-{mark}"):
+        work = self.root / "stages" / stage / f"{mark}.partial"
+        with writing(work.parent), self.lock(f"{stage}-{mark}"):
+            if (work / "record.json").is_file():
+                _finish(work, scrap)  # killed after its last word
             sealed = self._sealed(stage, mark, output)
             if sealed is not None:
                 return sealed
-            work = self.root / "stages" / stage / f"{mark}.partial"
-            if work.exists() and not keep_partial:
-                shutil.rmtree(work)
+            if work.is_symlink() or not keep_partial:
+                remove(work)
             work.mkdir(parents=True, exist_ok=True)
             for leftover in work.rglob(".*.tmp"):
                 leftover.unlink()
@@ -302,6 +328,7 @@ class Store:
                 output=result,
             )
             self._seal(work, record, time.monotonic() - began, memory)
+            _finish(work, scrap)
             return record
 
     def locate(self, ref: ArtifactRef) -> Path:
@@ -324,21 +351,22 @@ class Store:
 
     def timing(self, record: StageRecord) -> Timing | None:
         """How long the stage took, if this machine's state still knows."""
-        path = self.root / "stages" / record.stage / record.fingerprint / "timing.json"
-        return Timing.model_validate_json(path.read_text()) if path.is_file() else None
+        return _timing(self.root / "stages" / record.stage / record.fingerprint)
 
     def _sealed(self, stage: str, mark: str, output: type[Output]) -> StageRecord[Output] | None:
         folder = self.root / "stages" / stage / mark
         if not folder.exists():
             return None
         try:
-            record: StageRecord[Output] = _record_type(output).model_validate_json(
-                (folder / "record.json").read_text("utf-8")
-            )
+            content = (folder / "record.json").read_bytes()
+            timing, found = _timing(folder), hashlib.md5(content, usedforsecurity=False).hexdigest()
+            if timing is not None and timing.record not in (None, found):
+                raise StoreError(f"record.json has digest {found}, it was sealed as {timing.record}")
+            record: StageRecord[Output] = _record_type(output).model_validate_json(content)
             self.verify(artifacts_of(record.output))
-        except (OSError, ValueError, StoreError) as error:
+        except (FileNotFoundError, NotADirectoryError, ValueError, StoreError) as error:
             aside = folder.with_name(f"{mark}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             folder.rename(aside)
             log.warning(
                 "sealed stage %s/%s is damaged (%s); moved aside and computed anew", stage, mark, error
@@ -358,19 +386,17 @@ class Store:
                 raise StoreError(f"{ref.path} has digest {found}, its record says {ref.digest}")
 
     def _seal(self, work: Path, record: StageRecord, seconds: float, memory: PeakMemory) -> None:
+        text = _as_text(record)
         timing = Timing(
             seconds=round(seconds, 3),
             finished=datetime.now(UTC).isoformat(),
             host=socket.gethostname(),
             peak_mib=memory.mib,
             gpu_peak_mib=memory.gpu_mib,
+            record=Digest(hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()),
         )
         write_json(work / "timing.json", timing)
-        write_json(work / "record.json", record)
-        _sync_tree(work)
-        final = work.with_name(record.fingerprint)
-        work.rename(final)
-        _sync_folder(final.parent)
+        write_atomic(work / "record.json", text)
 
     def _lock_path(self, name: str) -> Path:
         folder = self.root / "locks"
@@ -384,6 +410,23 @@ class Store:
     def run_lock(self, key: str) -> FileLock:
         """The lock of one run key; the kernel frees it when its holder dies."""
         return FileLock(self._lock_path(f"run-{key}"), timeout=0)
+
+
+def _finish(work: Path, scrap: str | None) -> None:
+    """Give a folder whose record is written its name."""
+    for path in work.glob(scrap) if scrap else ():
+        path.unlink()
+    _sync_tree(work)
+    work.rename(work.with_suffix(""))
+    _sync_folder(work.parent)
+
+
+def _timing(folder: Path) -> Timing | None:
+    """What a sealed folder says of its making; None where it is not there or damaged, which no result hangs on."""
+    try:
+        return Timing.model_validate_json((folder / "timing.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _record_type(output: type[Output]) -> type[StageRecord[Output]]:
@@ -411,27 +454,45 @@ def artifacts_of(value: object) -> Iterator[ArtifactRef]:
 def export(store: Store, refs: Iterable[ArtifactRef], record: BaseModel, folder: Path) -> None:
     """Hard-link sealed artifacts into a results folder, record last, whole or not at all.
 
-    A folder that already holds the same record is left alone.
+    A folder that already holds the same record and files is left alone.
+
+    Raises:
+        DiskError: the disk is full, fails or is read-only; what was there before is as it was.
     """
-    text = json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+    text, sources = _as_text(record), {ref: store.locate(ref) for ref in refs}
     existing = folder / "record.json"
-    if existing.is_file() and existing.read_text("utf-8") == text:
-        return
+    if existing.is_file() and existing.read_bytes() == text.encode():
+        other = [
+            ref.name for ref, path in sources.items() if not _is_copy(path, folder / ref.name, ref.digest)
+        ]
+        if not other:
+            return
+        log.warning("%s in %s is not what its record says; put there anew", ", ".join(other), folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for ref in refs:
-        link(store.locate(ref), temporary / ref.name)
-    write_atomic(temporary / "record.json", text)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    _sync_folder(folder.parent)
+    with writing(folder.parent):
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        for ref, path in sources.items():
+            link(path, temporary / ref.name)
+        write_atomic(temporary / "record.json", text)
+        remove(folder)
+        temporary.rename(folder)
+        _sync_folder(folder.parent)
+
+
+def _is_copy(source: Path, target: Path, digest: Digest) -> bool:
+    """Whether a target is the sealed source itself, by its names, or has its content."""
+    files = list(_files_below(source)) if source.is_dir() else [source]
+    names = [(file, target / file.relative_to(source)) for file in files]
+    if all(name.is_file() and name.samefile(file) for file, name in names):
+        return True
+    return any(name.is_file() for _, name in names) and digest_of(target) == digest
 
 
 def link(source: Path, target: Path) -> None:
     """Second names for a file, or for every file of a folder; copies where the file system has none.
 
-    What is there already stays.
+    What is there already stays. What a symbolic link points to is copied: it belongs to somebody else.
     """
     if source.is_dir():
         for file in _files_below(source):
@@ -440,7 +501,21 @@ def link(source: Path, target: Path) -> None:
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_symlink():
+        _copy(source, target)
+        return
     try:
         os.link(source, target)
+    except FileExistsError as error:
+        if not target.exists():
+            raise StoreError(f"{target} is a link that points nowhere; remove it") from error
     except OSError:  # another file system, or one without hard links
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
         shutil.copy2(source, target)
+    except BaseException:
+        target.unlink(missing_ok=True)  # cut short
+        raise

@@ -15,12 +15,14 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
+from tasks.disk import writing
 from tasks.records import Digest, Frozen
 from tasks.store import StoreError, digest_of, directory_object, link, write_atomic
 
@@ -73,19 +75,22 @@ class Versions:
 
         Raises:
             StoreError: the folder is empty, or something else has its pointer's name.
+            DiskError: the cache's disk is full, fails or is read-only; the run's folder is whole.
         """
         entries, size = [], 0
-        for file in _visible(folder):
-            entry = Entry(md5=self._kept(file), relpath=file.relative_to(folder).as_posix())
-            entries.append(entry)
-            size += file.stat().st_size
+        with writing(self._cache):
+            for file in _visible(folder):
+                entry = Entry(md5=self._kept(file), relpath=file.relative_to(folder).as_posix())
+                entries.append(entry)
+                size += file.stat().st_size
         if not entries:
             raise StoreError(f"{folder} is empty: there is nothing to keep")
         digest, text = directory_object([entry.model_dump() for entry in entries])
-        if not self._object(digest).exists():
+        if not self._is_whole(digest):
             listing = folder.with_name(f".{folder.name}.listing.tmp")  # where only this run writes
             write_atomic(listing, text)
-            self._put(listing, self._object(digest))
+            with writing(self._cache):
+                self._put(listing, digest)
             listing.unlink()
         pointer = pointer_of(folder)
         if not pointer.is_file() or read_pointer(pointer).digest != digest:
@@ -118,19 +123,23 @@ class Versions:
         stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
         if (known := self._known.get(file)) is None or known[0] != stamp:
             known = (stamp, digest_of(file))
-            self._put(file, self._object(known[1]))
+            self._put(file, known[1])
             self._known[file] = known
         return known[1]
 
-    @staticmethod
-    def _put(file: Path, target: Path) -> None:
+    def _put(self, file: Path, digest: Digest) -> None:
         """Make a file an object, by a second name at once, so that a kill leaves a whole object or none."""
-        if target.exists():
-            if target.stat().st_size == file.stat().st_size:
-                return
-            target.unlink()  # cut short by a copy that never ended
-        file.chmod(_READ_ONLY)
+        target = self._object(digest)
+        if target.exists() and (target.samefile(file) or self._is_whole(digest)):
+            return
+        target.unlink(missing_ok=True)  # cut short by a copy that never ended, or damaged
         link(file, target)
+        with suppress(PermissionError):  # somebody else's file, in a state that is shared
+            target.chmod(_READ_ONLY)
+
+    def _is_whole(self, digest: Digest) -> bool:
+        path = self._object(digest)
+        return path.is_file() and digest_of(path) == digest.removesuffix(".dir")
 
     def _object(self, digest: Digest) -> Path:
         return self._cache / digest[:2] / digest[2:]
@@ -150,9 +159,11 @@ class Versions:
         """The files of a kept folder, brought from the remote if need be.
 
         Raises:
-            StoreError: neither the cache nor a remote has it.
+            StoreError: neither the cache nor a remote has it, or the cache's is damaged.
         """
         self.bring([digest])
+        if not self._is_whole(digest):
+            raise _damaged(self._object(digest))
         return [Entry.model_validate(entry) for entry in json.loads(self._object(digest).read_text("utf-8"))]
 
     def bring(self, digests: Iterable[Digest]) -> None:
@@ -202,11 +213,10 @@ class Versions:
                 raise StoreError(f"{target} is in the way with other content; move it and restore again")
         for entry, target in missing:
             kept = self._object(entry.md5)
-            if (found := digest_of(kept)) != entry.md5:
-                raise StoreError(
-                    f"DVC's cache is damaged: {kept} holds {found}; delete that file and restore again"
-                )
-            link(kept, target)
+            if not self._is_whole(entry.md5):
+                raise _damaged(kept)
+            with writing(folder):
+                link(kept, target)
         return len(missing)
 
 
@@ -264,7 +274,17 @@ def read_pointer(path: Path) -> Pointer:
             folder=path.with_name(out["path"]), digest=Digest(out["md5"]), meta=said.get("meta") or {}
         )
     except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is no pointer of DVC to one folder: {error}") from error
+        raise StoreError(
+            f"{path} is no pointer of DVC to one folder ({error}); bring it back with git, or delete it: "
+            "its run writes it anew"
+        ) from error
+
+
+def _damaged(kept: Path) -> StoreError:
+    return StoreError(
+        f"DVC's cache is damaged: {kept} holds {digest_of(kept)}; delete that file and restore again from a remote, "
+        "or give the run's own command, which puts it there anew"
+    )
 
 
 def _visible(folder: Path) -> Iterator[Path]:
