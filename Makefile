@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 DATASET ?= digits
 SEEDS ?= 0,1,2,3,4
 STORM ?= 50
+JOBS ?= 2
 PROFILE ?= miniature
 METHODS ?= finetune,fixed_sd,guided
 PREFECT_PORT ?= 4200
@@ -55,7 +56,7 @@ report: $(STAMP) ## tables, plot data and the report page from runs/ into report
 
 .PHONY: repro
 repro: $(STAMP) ## every table from what changed: dvc repro in the virtual environment
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/dvc repro
+	@$(BIN)/fscil repro
 
 .PHONY: profile
 profile: $(STAMP) ## what dvc repro runs: make profile PROFILE=miniature (or paper)
@@ -79,8 +80,8 @@ down: $(STAMP) ## end what `make up` started
 	@$(BIN)/python -m flows down
 
 .PHONY: test
-test: data ## the test suite
-	@$(BIN)/python -m pytest
+test: data ## the test suite, in JOBS processes of one thread
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: test-slow
 test-slow: data ## the tests that take minutes
@@ -102,6 +103,11 @@ check: $(STAMP) ## ruff, the type checker and the import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+.PHONY: audit
+audit: ## compare the pinned dependencies with published advisories (needs the network; not part of check)
+	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && .audit/bin/python -m pip install --quiet pip-audit; }
+	@.audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 .PHONY: pretrain
 pretrain: $(STAMP) ## train the miniature's weights again (about four hours of one core)

@@ -1,5 +1,6 @@
 """What the commands share: the terminal, exit codes, and errors that are for the user."""
 
+import io
 import os
 import signal
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tasks.text import readable
+
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+ERROR_CHARS = 8000
 
 console = Console(stderr=True)
 
@@ -34,6 +38,13 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def speak_plainly() -> None:
+    """Print what the terminal's encoding does not have as escapes, where Python would end with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def quieten(prefect_level: str = "WARNING") -> None:
@@ -61,5 +72,11 @@ def known_errors() -> tuple[type[Exception], ...]:
 
 def fail(error: Exception, code: int) -> int:
     """Say what went wrong; return the exit code."""
-    console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"error: {readable(str(error), ERROR_CHARS)}",
+        style="red",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     return code

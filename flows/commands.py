@@ -1,6 +1,9 @@
 """The commands beside running an experiment: DVC's stages, bringing back what was kept, deleting what nothing names."""
 
 import argparse
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,6 +54,26 @@ def cell(arguments: Sequence[str]) -> int:
     except known_errors() as error:
         return fail(error, EXIT_FAILED)
     return 0
+
+
+def repro(arguments: Sequence[str]) -> int:
+    """``fscil repro [what dvc repro takes]``: `dvc repro` under one Prefect server, which all its experiments share."""
+    from prefect.settings import PREFECT_API_URL
+
+    with prefect_server():
+        environment = os.environ | {
+            "PREFECT_API_URL": str(PREFECT_API_URL.value()),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        }
+        process = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *arguments], env=environment)
+        try:
+            return process.wait()
+        except (
+            KeyboardInterrupt
+        ):  # of the terminal, which told DVC and its experiment too; SIGTERM is passed on
+            process.terminate()
+            process.wait()
+            raise
 
 
 def profile(arguments: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ only frozen models are passed. YAML holds the values: nothing here has a default
 
 import difflib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -20,12 +20,14 @@ from flows.convergence import StoppingSettings
 from tasks.augmentation import AugmenterSettings
 from tasks.classification.backbone import BackboneSettings
 from tasks.datasets.benchmark import DatasetSettings
+from tasks.datasets.settings import NAME
 from tasks.diffusion.generator import GeneratorSettings
 from tasks.diffusion.swaps import SwapSettings
 from tasks.diffusion.tuning import TuningSettings
 from tasks.learners.factory import LearnerSettings
 from tasks.records import Frozen
 from tasks.runtime import RuntimeSettings
+from tasks.secrets import named_so, refuse_in_overrides, refuse_in_settings
 from tasks.settings import added_later
 from tasks.similarity.selection import MiningSettings
 from tasks.store import read_json
@@ -60,7 +62,7 @@ class ExperimentConfig(Frozen):
         ValueError: images would be drawn for a VLM that classifies and learns nothing.
     """
 
-    method: str
+    method: str = Field(pattern=NAME)
     seed: int = Field(ge=0)
     dataset: DatasetSettings
     classifier: BackboneSettings
@@ -131,6 +133,7 @@ class WindowsConfig(Frozen):
 
 
 Settings = TypeVar("Settings", bound=Frozen)
+T = TypeVar("T")
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,6 +198,7 @@ def config_here(folder: Path, overrides: Sequence[str] = ()) -> ExperimentConfig
         ConfigError: as :func:`stored_config`, or an override of something else.
     """
     config = stored_config(folder)
+    _without_keys(refuse_in_overrides, overrides)
     ours = [override for override in overrides if override.startswith(("runtime", "tracking"))]
     today, values = load_config(ours), config.model_dump()
     values |= {"runtime": today.runtime.model_dump(), "tracking": today.tracking.model_dump()}
@@ -221,6 +225,7 @@ def config_here(folder: Path, overrides: Sequence[str] = ()) -> ExperimentConfig
 
 
 def _composed(primary: str, model: type[Settings], overrides: Sequence[str]) -> Settings:
+    _without_keys(refuse_in_overrides, overrides)
     try:
         with _COMPOSING, initialize_config_dir(str(CONFIGS), version_base="1.3"):
             composed = OmegaConf.to_container(compose(primary, overrides=list(overrides)), resolve=True)
@@ -230,7 +235,15 @@ def _composed(primary: str, model: type[Settings], overrides: Sequence[str]) -> 
     return _validated(model, composed)
 
 
+def _without_keys(refuse: Callable[[T], None], given: T) -> None:
+    try:
+        refuse(given)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def _validated(model: type[Settings], values: Mapping[Any, Any]) -> Settings:
+    _without_keys(refuse_in_settings, values)
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -286,7 +299,7 @@ def _pydantic_sentence(error: ValidationError) -> str:
         name = ".".join(str(step) for step in item["loc"])
         given = (
             ""
-            if item["type"] == "missing" or isinstance(item["input"], Mapping)
+            if item["type"] == "missing" or isinstance(item["input"], Mapping) or named_so(name)
             else f" (got {item['input']!r})"
         )
         parts.append(f"{name}: {item['msg']}{given}" if name else item["msg"])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from flows.published import COLUMNS_OF_THE_PAPER, published_label, published_row
 from flows.results import Run
 from flows.tables import COLUMNS, Column, Mark, Row, Section, Statistic, marks, sections
+from tasks.text import no_formula, one_line, readable
 
 Marks = Mapping[tuple[str, str, str], Mark]
 
@@ -69,7 +70,7 @@ def _markdown_section(section: Section, columns: Sequence[Column], found: Marks)
 
 def _plain(text: str) -> str:
     """Text from records that Markdown shall not read as a cell's border or as HTML."""
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return one_line(text).replace("|", "\\|").replace("<", "&lt;")
 
 
 # ------------------------------------------------------------------------------------------ LaTeX
@@ -85,7 +86,7 @@ LATEX_COLUMNS = ("A_base", "A_last", "A_avg", "novel", "harmonic", "images", "VL
 
 def latex_escaped(text: str) -> str:
     """Text that LaTeX prints as it stands."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    return "".join(_LATEX.get(character, character) for character in " ".join(readable(text).splitlines()))
 
 
 def latex(rows: Sequence[Row]) -> str:
@@ -140,7 +141,7 @@ def comma_separated(rows: Sequence[Row]) -> str:
 
 
 def _csv_row(row: Row) -> list[object]:
-    cells: list[object] = [row.dataset, row.method, row.seeds, row.unfinished]
+    cells: list[object] = [no_formula(row.dataset), no_formula(row.method), row.seeds, row.unfinished]
     for column, cell in zip(COLUMNS, row.cells, strict=True):
         scale = 100 if column.percent else 1
         cells += ["", ""] if cell is None else [_number(cell.mean, scale), _number(cell.std, scale)]
@@ -158,7 +159,8 @@ def sessions_csv(runs: Sequence[Run]) -> str:
         for session in run.sessions:
             found = session.test.output.accuracy
             values = [_number(value, 100) for value in (found.overall, found.base, found.novel)]
-            lines.append([run.dataset, run.method, run.seed, session.session, *values])
+            names = no_formula(run.dataset), no_formula(run.method)
+            lines.append([*names, run.seed, session.session, *values])
     return _csv(heads, lines, list)
 
 

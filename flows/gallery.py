@@ -18,6 +18,8 @@ from PIL import Image
 from flows.results import OURS, Run
 from tasks.records import AugmentedImage, Frozen, Level, Verdict
 from tasks.store import StoreError
+from tasks.text import one_line, readable
+from tasks.tracked import CAPTION_CHARS
 
 CLASSES = 6  # of all datasets together, but at least one of each
 METHODS_SHOWN = 6  # of each dataset: ours and the ablation's first, see PREFERRED
@@ -275,18 +277,18 @@ def _card(drawn: DrawnSet, rows: Sequence[AugmentedImage], before: str) -> Card:
         session=drawn.place.session,
         epoch=drawn.place.epoch,
         pictures=tuple(_picture(drawn.place, row) for row in rows),
-        prompt=lead.prompt,
+        prompt=readable(lead.prompt, CAPTION_CHARS),
         rewritten=bool(before) and lead.prompt != before,
         level=verdict.level if verdict else "none",
         inherited=verdict is not None and verdict.inherited_from is not None,
-        caption_generated=decisive[0].caption_augmented if decisive else "",
-        caption_original=decisive[0].caption_original if decisive else "",
+        caption_generated=readable(decisive[0].caption_augmented, CAPTION_CHARS) if decisive else "",
+        caption_original=readable(decisive[0].caption_original, CAPTION_CHARS) if decisive else "",
     )
 
 
 def _picture(place: SetPlace, row: AugmentedImage) -> Picture:
     alt = f"Generated {_class_name(row)}, session {place.session}, epoch {place.epoch}: {row.prompt}"
-    return Picture(uri=embedded(place.folder / "images" / row.path), alt=alt)
+    return Picture(uri=embedded(place.folder / "images" / row.path), alt=one_line(alt, CAPTION_CHARS))
 
 
 def embedded(path: Path) -> str:

@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from flows.cli import console, known_errors
-from flows.server_lost import told_if_lost, without_secret
+from flows.server_lost import told_if_lost
+from tasks.secrets import credentials_in
 
 HOST = "127.0.0.1"
 START_S, STOP_S, LOGS_S = 180, 5, 5
@@ -36,28 +37,27 @@ def prefect_server() -> Iterator[None]:
     A server that the environment names and that does not listen is told of.
 
     Raises:
+        ValueError: the settings' address holds a password or key.
         ServerError: it did not start.
         ServerLostError: it does not answer any more.
     """
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
 
-    url = PREFECT_API_URL.value()
+    url = prefect_url()
     if url and _listens(url):
         with told_if_lost(url, known_errors):
             yield
         return
     if url and os.environ.get("PREFECT_API_URL"):
         console.print(
-            f"no Prefect server listens at {without_secret(url)}; this command runs one of its own",
+            f"no Prefect server listens at {url}; this command runs one of its own",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
     from prefect.logging.handlers import APILogWorker
 
     with temporary_settings({PREFECT_API_URL: None}), tempfile.TemporaryFile() as said:
         settings = get_current_settings().to_environment_variables(exclude_unset=True)
-        with FileLock(
-            PREFECT_HOME.value() / "starting.lock"
-        ):  # two that make the database at once would fail
+        with FileLock(PREFECT_HOME.value() / "starting.lock"):  # of two that make the database one would fail
             process, address = _start(settings, said)
         try:
             with (
@@ -68,6 +68,23 @@ def prefect_server() -> Iterator[None]:
         finally:
             APILogWorker.drain_all(timeout=LOGS_S)  # what is not sent by now has nowhere to go
             _stop(process)
+
+
+def prefect_url() -> str | None:
+    """Where the settings say that Prefect's server is.
+
+    Raises:
+        ValueError: the address holds a password or key.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if url and credentials_in(url):
+        raise ValueError(
+            "PREFECT_API_URL holds a name, password or key, which Prefect would print and keep; leave it out and set "
+            "PREFECT_API_AUTH_STRING or PREFECT_API_KEY"
+        )
+    return url
 
 
 def _listens(url: str) -> bool:
@@ -106,12 +123,11 @@ def _wait(process: subprocess.Popen[bytes], address: str, said: IO[bytes]) -> No
     try:
         httpx.get(f"{address}/api/health", timeout=START_S, trust_env=False).raise_for_status()
     except httpx.HTTPError as error:
-        code = process.poll()
         said.seek(0)
-        told = said.read().decode(errors="replace").strip().splitlines()
+        told = [line.strip() for line in said.read().decode(errors="replace").splitlines() if "rror" in line]
         raise ServerError(
-            f"the Prefect server of this command did not start ({error}; exit code {code}): {' '.join(told[-3:])}; "
-            "start one yourself with `make up`, or look at PREFECT_HOME and its database"
+            f"the Prefect server of this command did not start ({error}): {'; '.join(told[-4:])}. "
+            "Start one with `make up` and look at its log, or set PREFECT_HOME to another folder"
         ) from error
 
 

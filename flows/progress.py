@@ -19,6 +19,7 @@ from flows.config import ExperimentConfig
 from flows.server_lost import extra
 from flows.session_page import artifact_key, mlflow_place, session_page
 from tasks.records import EpochRecord, ExperimentRecord, SessionAccuracy, SessionRecord, Usage
+from tasks.text import readable
 
 console = Console(stderr=True, highlight=False)
 _log = logging.getLogger("fscil.runs")
@@ -38,7 +39,7 @@ def note(line: str) -> None:
 
 def say(line: str) -> None:
     """A line in the terminal and in the run's log."""
-    console.print(f"  {line}", markup=False)
+    console.print(f"  {readable(line)}", markup=False)
     note(line)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty
 from socket import gaierror
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -62,7 +61,7 @@ def told_if_lost(url: str, known: Callable[[], tuple[type[Exception], ...]]) -> 
         first = _before(error, known())
         also = f"{first}; besides, " if first else ""
         raise ServerLostError(
-            f"{also}the Prefect server at {without_secret(url)} does not answer any more "
+            f"{also}the Prefect server at {url} does not answer any more "
             f"({type(error).__name__}: {error}); nothing sealed is lost - the same command goes on from here"
         ) from error
 
@@ -74,12 +73,6 @@ def extra(what: str) -> Iterator[None]:
         yield
     except httpx.HTTPError as error:
         log.warning("Prefect takes no %s (%s: %s)", what, type(error).__name__, error)
-
-
-def without_secret(url: str) -> str:
-    """An address as it may be shown."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _lost(error: Exception) -> bool:

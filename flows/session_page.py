@@ -19,6 +19,7 @@ from tasks.records import (
     Verdict,
 )
 from tasks.store import read_lines
+from tasks.text import one_line
 from tasks.tracked import by_class, class_of, contact_sheet
 from tasks.tracking_runs import TrackingSettings
 
@@ -68,7 +69,7 @@ def mlflow_place(tracking: TrackingSettings, run: str) -> str:
 
 def escaped(text: str) -> str:
     """Text of others as one line that Markdown shows as it is: no mark-up, no link, no HTML."""
-    return _MARK.sub(r"\\\1", " ".join(text.split()))
+    return _MARK.sub(r"\\\1", one_line(text))
 
 
 def artifact_key(*parts: str) -> str:

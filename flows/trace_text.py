@@ -23,9 +23,11 @@ from flows.trace_shape import (
     Trace,
     Tuned,
 )
+from tasks.text import shortened
 
 Item = TypeVar("Item")
 
+LINE_CHARS = 2000
 SHOWN = 12
 """Failures, earlier tunings and images of a slot that are listed; the JSON has all of them."""
 
@@ -39,7 +41,7 @@ class Node(NamedTuple):
 
 def node(text: str, *below: Node) -> Node:
     """A line, made safe to print."""
-    return Node(safe(text), below)
+    return Node(shortened(safe(text), LINE_CHARS), below)
 
 
 def safe(text: str) -> str:

@@ -8,7 +8,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tasks.records import Prediction
+from tasks.text import one_line
 
+NAME_CHARS, TITLE_CHARS = 40, 120
 _NUMBERED = 30
 """Up to so many classes each cell holds its count; with more, numbers could not be read."""
 
@@ -49,11 +51,12 @@ def draw_confusion(counts: Int[Tensor, "n m"], names: Sequence[str], title: str)
     shares = shown / shown.sum(1, keepdim=True).clamp(min=1)
     side = min(12.0, 2.5 + 0.42 * len(rows))
     figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    heads, title = [plain_text(head, NAME_CHARS) for head in heads], plain_text(title, TITLE_CHARS)
     axes = figure.subplots()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     size = 9 if len(rows) <= _NUMBERED else max(3, 260 // len(rows))
     axes.set_xticks(range(len(columns)), heads, rotation=90, fontsize=size)
-    axes.set_yticks(range(len(rows)), [names[row] for row in rows], fontsize=size)
+    axes.set_yticks(range(len(rows)), [plain_text(names[row], NAME_CHARS) for row in rows], fontsize=size)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true class")
     axes.set_title(title, fontsize=11)
@@ -65,6 +68,11 @@ def draw_confusion(counts: Int[Tensor, "n m"], names: Sequence[str], title: str)
             axes.text(column, row, f"{count}", ha="center", va="center", fontsize=size, color=colour)
     FigureCanvasAgg(figure).print_png(picture := io.BytesIO())
     return picture.getvalue()
+
+
+def plain_text(text: str, most: int) -> str:
+    """Text that matplotlib draws as it stands, where two dollars would begin a formula; a long one cut."""
+    return one_line(text, most).replace("$", r"\$")
 
 
 def _shown(counts: Int[Tensor, "n m"], names: Sequence[str]) -> tuple[list[int], list[int], list[str]]:

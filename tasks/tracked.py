@@ -25,8 +25,10 @@ from tasks.records import (
     Verdict,
 )
 from tasks.store import artifacts_of
+from tasks.text import readable
 
 STAGES = ("train", "evaluate", "mine", "compare", "tune", "regenerate")
+CAPTION_CHARS = 2000  # of a VLM's caption in a table or on a page
 _THUMBNAIL = 256  # pixels of the small copy that MLflow's UI shows beside each image
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -133,6 +135,11 @@ def plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_\-. ]", "-", name)
 
 
+def distinct(name: str) -> str:
+    """:func:`plain`, with a mark of the whole name where something of it was lost: ``é`` and ``ü`` stay two."""
+    return shown if (shown := plain(name)) == name else f"{shown}-{content_id(name)[:6]}"
+
+
 # ------------------------------------------------------------------------------------------ params, tags
 
 
@@ -188,6 +195,7 @@ def verdict_table(verdicts: Iterable[Verdict], classes: Mapping[int, str]) -> di
     for verdict in verdicts:
         shown = sorted(verdict.comparisons, key=lambda comparison: comparison.answer != "different")[:1]
         captions = [shown[0].caption_augmented, shown[0].caption_original] if shown else ["", ""]
+        captions = [readable(caption, CAPTION_CHARS) for caption in captions]
         answers = " ".join(comparison.answer for comparison in verdict.comparisons)
         name = classes.get(verdict.label, str(verdict.label))
         data.append([

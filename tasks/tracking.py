@@ -51,6 +51,7 @@ from tasks.tracked import (
     contact_sheet,
     content_id,
     digest_tags,
+    distinct,
     flat,
     plain,
     prompt_table,
@@ -314,7 +315,7 @@ class Tracker:
                     folder / images.images.name / row.path for row in members[: self.settings.grid_images]
                 ]
                 sheet = contact_sheet(shown, self.settings.grid_side)
-                save_series(sheet, Path(work), f"class~{plain(name)}", images, stamp)
+                save_series(sheet, Path(work), f"class~{distinct(name)}", images, stamp)
             self._runs.client.log_artifacts(child.info.run_id, work, "images")
         self._runs.log_table(child.info.run_id, f"prompts_epoch_{images.epoch:03d}.json", prompt_table(rows))
         self._runs.log(child.info.run_id, tags={"mlflow.loggedImages": "True", mark: images.images.digest})

@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, Field, field_validator
 
 from tasks.records import Frozen
+from tasks.secrets import credentials_in
+from tasks.text import readable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,7 +34,7 @@ class TrackingSettings(Frozen):
     """Where MLflow is and how much is shown there. None of it enters a fingerprint.
 
     Raises:
-        ValueError: ``uri`` holds a password.
+        ValueError: ``uri`` or ``artifacts`` holds a password or a key.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -47,13 +49,13 @@ class TrackingSettings(Frozen):
     traced_calls: int = Field(ge=0)
     machine_every_s: float = Field(ge=0)
 
-    @field_validator("uri")
+    @field_validator("uri", "artifacts")
     @classmethod
     def _no_password(cls, uri: str) -> str:
-        if urlsplit(uri).password is not None:
+        if credentials_in(uri):
             raise ValueError(
-                f"tracking.uri for {urlsplit(uri).hostname} holds a password, which would be shown and kept; "
-                "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                "an address with a password or key in it, which would be shown and kept; leave it out and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
         return uri
 
@@ -218,4 +220,4 @@ def run_tags(settings: TrackingSettings, run_id: str) -> dict[str, str]:
 
 def first_line(error: BaseException) -> str:
     """What an error says, without its trace."""
-    return (str(error).splitlines() or [""])[0]
+    return readable((str(error).splitlines() or [""])[0], 500)

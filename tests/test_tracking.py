@@ -398,6 +398,7 @@ def test_a_verdict_without_comparisons_keeps_its_row() -> None:
     assert verdict_table([verdict], {})["data"] == [["7", "a", "detail", "c", "p", "", "", ""]]
 
 
+@pytest.mark.slow
 def test_many_processes_may_make_the_database_at_once(tmp_path: Path) -> None:
     """Without a lock all but the first fail: the tables are there already."""
     code = (

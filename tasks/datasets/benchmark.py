@@ -70,10 +70,10 @@ def _prompt_names(settings: DatasetSettings, folders: list[str]) -> tuple[str, .
             f"give each its own in dataset.class_names"
         )
     for folder, name in zip(folders, names, strict=True):
-        if not name or not name.isprintable() or "/" in name or "\\" in name:
+        if name in ("", ".", "..") or not name.isprintable() or "/" in name or "\\" in name:
             raise DatasetError(
-                f"the class {folder!r} has the name {name!r}, which is empty or holds a slash or a control "
-                f"character; give it another in dataset.class_names"
+                f"the class {folder!r} has the name {name!r}, which is empty, dots alone, or holds a slash or a "
+                f"control character; give it another in dataset.class_names"
             )
     return names
 

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from tasks.records import Frozen
 
+NAME = r"^\w(?:[\w .+-]*\w)?$"
+"""A folder's name that no path, table, page or spreadsheet reads as anything else."""
+
 
 class DatasetError(ValueError):
     """The data and the settings do not fit; the message names the value and the remedy."""
@@ -34,7 +37,7 @@ class DatasetSettings(Frozen):
             held out.
     """
 
-    name: str
+    name: str = Field(pattern=NAME)
     root: Path
     splits: Path | None = Field(default=None, exclude_if=lambda splits: splits is None)
     n_base: int

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
     from peft.tuners.lora import LoraLayer
 
 NAME = "fscil"
@@ -26,7 +26,7 @@ FILE = "pytorch_lora_weights.safetensors"
 _SPELLING = ((f".lora_A.{NAME}.weight", ".lora.down.weight"), (f".lora_B.{NAME}.weight", ".lora.up.weight"))
 
 
-def attach(unet: UNet2DConditionModel, rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
+def attach(unet: "UNet2DConditionModel", rank: int, alpha: float, seed: int) -> list[nn.Parameter]:
     """Attach a new adapter that changes nothing yet: A is normal with deviation 1 / rank, B is zero.
 
     Args:
@@ -58,23 +58,23 @@ def attach(unet: UNet2DConditionModel, rank: int, alpha: float, seed: int) -> li
     return trainable(unet)
 
 
-def is_attached(unet: UNet2DConditionModel) -> bool:
+def is_attached(unet: "UNet2DConditionModel") -> bool:
     """Whether the noise predictor has an adapter."""
     return NAME in (getattr(unet, "peft_config", None) or {})
 
 
-def trainable(unet: UNet2DConditionModel) -> list[nn.Parameter]:
+def trainable(unet: "UNet2DConditionModel") -> list[nn.Parameter]:
     """The adapter's parameters, in the model's order; none without an adapter."""
     return [parameter for _, parameter in _parameters(unet)]
 
 
-def remove(unet: UNet2DConditionModel) -> None:
+def remove(unet: "UNet2DConditionModel") -> None:
     """Take the adapter off, if there is one; the base weights were never touched."""
     if is_attached(unet):
         unet.unload_lora()
 
 
-def set_alpha(unet: UNet2DConditionModel, alpha: float) -> None:
+def set_alpha(unet: "UNet2DConditionModel", alpha: float) -> None:
     """Change the scale alpha / rank without changing what the adapter computes (B absorbs the ratio)."""
     for layer in _layers(unet):
         scale = alpha / layer.r[NAME]
@@ -82,13 +82,13 @@ def set_alpha(unet: UNet2DConditionModel, alpha: float) -> None:
         layer.lora_alpha[NAME], layer.scaling[NAME] = alpha, scale
 
 
-def rank_of(unet: UNet2DConditionModel) -> int:
+def rank_of(unet: "UNet2DConditionModel") -> int:
     """The attached adapter's rank."""
     return next(_layers(unet)).r[NAME]
 
 
 @contextmanager
-def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
+def disabled(unet: "UNet2DConditionModel") -> Iterator[None]:
     """The base model for a while; its adapter, if it has one, stays attached."""
     layers = list(_layers(unet))
     for layer in layers:
@@ -101,7 +101,7 @@ def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
 
 
 @contextmanager
-def merged(unet: UNet2DConditionModel) -> Iterator[bool]:
+def merged(unet: "UNet2DConditionModel") -> Iterator[bool]:
     """The adapter added to the base weights for a while: the same predictions with fewer operations.
 
     The base weights are put aside, not subtracted from again, so they come back bit for bit. A base in half
@@ -126,7 +126,7 @@ def merged(unet: UNet2DConditionModel) -> Iterator[bool]:
                 weight.data = original
 
 
-def save(unet: UNet2DConditionModel, folder: Path) -> None:
+def save(unet: "UNet2DConditionModel", folder: Path) -> None:
     """Write ``pytorch_lora_weights.safetensors`` into ``folder``, which is made if need be.
 
     Raises:
@@ -144,7 +144,7 @@ def save(unet: UNet2DConditionModel, folder: Path) -> None:
     (folder / FILE).write_bytes(to_bytes(weights, metadata={"format": "pt"}))
 
 
-def load(unet: UNet2DConditionModel, folder: Path) -> list[nn.Parameter]:
+def load(unet: "UNet2DConditionModel", folder: Path) -> list[nn.Parameter]:
     """Attach the adapter saved in ``folder``; alpha = rank.
 
     Returns:
@@ -175,12 +175,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"cannot read the adapter {path}: {error}") from error
 
 
-def _parameters(unet: UNet2DConditionModel) -> Iterator[tuple[str, nn.Parameter]]:
+def _parameters(unet: "UNet2DConditionModel") -> Iterator[tuple[str, nn.Parameter]]:
     marks = tuple(ours for ours, _ in _SPELLING)
     return ((name, p) for name, p in unet.named_parameters() if name.endswith(marks))
 
 
-def _layers(unet: UNet2DConditionModel) -> Iterator["LoraLayer"]:
+def _layers(unet: "UNet2DConditionModel") -> Iterator["LoraLayer"]:
     return (m for m in unet.modules() if NAME in getattr(m, "lora_B", {}))
 
 

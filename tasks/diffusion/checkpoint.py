@@ -16,16 +16,17 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
-from transformers.utils import logging as transformers_logging
 
 from tasks.hub import hub_file
 from tasks.records import Digest, Frozen
 from tasks.store import digest_of, fingerprint
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 INDEX = "model_index.json"
 KIND = "StableDiffusionPipeline"
@@ -85,7 +86,7 @@ def weights_digest(source: Source) -> Digest:
     return Digest(f"{digest}+{_config_digest(Path(source.config))}")
 
 
-def open_pipeline(source: Source, dtype: torch.dtype) -> StableDiffusionPipeline:
+def open_pipeline(source: Source, dtype: torch.dtype) -> "StableDiffusionPipeline":
     """Read all parts, in ``dtype``, on the CPU, without a safety checker.
 
     Raises:
@@ -106,7 +107,9 @@ def open_pipeline(source: Source, dtype: torch.dtype) -> StableDiffusionPipeline
     return pipeline
 
 
-def _read_format(source: Source, index: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+def _read_format(source: Source, index: Path, dtype: torch.dtype) -> "StableDiffusionPipeline":
+    from diffusers import StableDiffusionPipeline
+
     folder = source.kind == "folder"
     return StableDiffusionPipeline.from_pretrained(
         source.path,
@@ -120,7 +123,9 @@ def _read_format(source: Source, index: Path, dtype: torch.dtype) -> StableDiffu
     )
 
 
-def _read_file(source: Source, path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+def _read_file(source: Source, path: Path, dtype: torch.dtype) -> "StableDiffusionPipeline":
+    from diffusers import StableDiffusionPipeline
+
     return StableDiffusionPipeline.from_single_file(
         str(path),
         config=source.config,
@@ -194,7 +199,7 @@ def _refuse_layout(source: Source) -> None:
         )
 
 
-def _refuse_model(source: Source, pipeline: StableDiffusionPipeline) -> None:
+def _refuse_model(source: Source, pipeline: "StableDiffusionPipeline") -> None:
     unet, latent = pipeline.unet.config, pipeline.vae.config.latent_channels
     if unet.in_channels != latent:
         raise ValueError(
@@ -208,6 +213,9 @@ def _refuse_model(source: Source, pipeline: StableDiffusionPipeline) -> None:
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Loading is quiet; whoever wants progress shows it by the image."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     shown = [
         library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()
     ]

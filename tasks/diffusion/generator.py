@@ -12,14 +12,12 @@ memory, it is halved for good: ``batch`` says what is drawn at once.
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from tasks.diffusion import adapters
 from tasks.diffusion.checkpoint import Source, open_pipeline
@@ -36,6 +34,10 @@ from tasks.images import Format
 from tasks.records import Digest, Frozen
 from tasks.settings import added_later
 from tasks.store import digest_of
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 log = logging.getLogger("fscil.generator")
 
@@ -111,10 +113,10 @@ class StableDiffusion:
         settings: GeneratorSettings,
         device: torch.device,
         *,
-        vae: AutoencoderKL,
-        unet: UNet2DConditionModel,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
+        vae: "AutoencoderKL",
+        unet: "UNet2DConditionModel",
+        text_encoder: "CLIPTextModel",
+        tokenizer: "CLIPTokenizer",
         scheduler: Scheduler,
     ) -> None:
         """Args: the parts of a pipeline; they are put into evaluation mode, frozen and moved to ``device``.

@@ -12,16 +12,18 @@ and ``loss_sign=as_printed`` keeps the letter, for the record.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from tasks.diffusion.sampler import Scheduler
 from tasks.similarity.ssim import ssim
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 LossSign = Literal["distance", "as_printed"]
 
@@ -108,7 +110,7 @@ def contrastive_loss(
 
 
 def denoising_loss(
-    unet: UNet2DConditionModel,
+    unet: "UNet2DConditionModel",
     scheduler: Scheduler,
     latents: Float[Tensor, "n c h w"],
     context: Float[Tensor, "n tokens d"],

@@ -12,14 +12,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Self, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from jaxtyping import Float
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 OFTEN = 60
 """Predictions of one shape after which it is recorded; making a recording takes as long as it saves in so many."""
@@ -31,7 +31,7 @@ Shape: TypeAlias = tuple[torch.Size, torch.Size, torch.Size]
 class Recorder:
     """Predicts as the model does without an adapter, or with one that is merged into its weights."""
 
-    def __init__(self, unet: UNet2DConditionModel, often: int = OFTEN) -> None:
+    def __init__(self, unet: "UNet2DConditionModel", often: int = OFTEN) -> None:
         """Args: unet: frozen, in evaluation mode, on the CPU. often: see :data:`OFTEN`."""
         self._unet, self._often = unet, often
         self._seen: Counter[Shape] = Counter()
@@ -71,14 +71,18 @@ class Recorder:
         return prediction
 
 
-def _prompt_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
+def _prompt_layers(unet: "UNet2DConditionModel") -> list[nn.Module]:
     """The layers that make keys and values of the prompts, in the model's order."""
+    from diffusers.models.attention_processor import Attention
+
     crossing = [m for m in unet.modules() if isinstance(m, Attention) and m.is_cross_attention]
     return [layer for attention in crossing for layer in (attention.to_k, attention.to_v)]
 
 
-def _time_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
+def _time_layers(unet: "UNet2DConditionModel") -> list[nn.Module]:
     """The layers that embed the timestep and put it into each block, in the model's order; no adapter is on them."""
+    from diffusers.models.resnet import ResnetBlock2D
+
     blocks = [m for m in unet.modules() if isinstance(m, ResnetBlock2D) and m.time_emb_proj is not None]
     return [unet.time_embedding, *(block.time_emb_proj for block in blocks)]
 
@@ -101,7 +105,7 @@ def _noted(layers: Sequence[nn.Module]) -> Iterator[Callable[[], list[Tensor]]]:
 class _Positional(nn.Module):
     """The model as a function of tensors alone, which is what can be recorded."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: "UNet2DConditionModel") -> None:
         super().__init__()
         self.unet = unet
 
@@ -123,7 +127,7 @@ def _given(layers: Sequence[nn.Module], values: Sequence[Tensor]) -> Iterator[No
 
 
 def _recorded(
-    unet: UNet2DConditionModel, x: Tensor, timestep: Tensor, context: Tensor, given: Sequence[Tensor]
+    unet: "UNet2DConditionModel", x: Tensor, timestep: Tensor, context: Tensor, given: Sequence[Tensor]
 ) -> Recording:
     with warnings.catch_warnings():
         # shapes become constants, as they should: each shape has a recording of its own

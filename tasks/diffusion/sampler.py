@@ -23,7 +23,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -31,11 +30,13 @@ from tasks.diffusion import adapters
 from tasks.diffusion.recording import Recorder
 
 if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+
     from tasks.diffusion.generator import StableDiffusion
 
 SchedulerName = Literal["ddim", "dpmsolver++"]
 CoefMode = Literal["exact", "unit"]
-Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler
+Scheduler: TypeAlias = "DDIMScheduler | DPMSolverMultistepScheduler"
 
 ImageLoss = Callable[[Float[Tensor, "m 3 h w"], slice], Float[Tensor, " m"]]
 """Loss of each of some images (unclamped, about [0, 1]); the slice says which of the batch they are."""
@@ -85,6 +86,8 @@ def make_scheduler(config: Mapping[str, Any], name: SchedulerName) -> Scheduler:
     Raises:
         ValueError: an unknown name.
     """
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
     kinds: dict[str, tuple[type, dict[str, Any]]] = {
         "ddim": (DDIMScheduler, {"clip_sample": False, "thresholding": False}),
         "dpmsolver++": (
@@ -118,7 +121,10 @@ def _fresh(scheduler: Scheduler, n_steps: int) -> Scheduler:
 
 
 def guided_noise(
-    unet: UNet2DConditionModel | Recorder, x: Float[Tensor, "n c h w"], timestep: Tensor, condition: Condition
+    unet: "UNet2DConditionModel | Recorder",
+    x: Float[Tensor, "n c h w"],
+    timestep: Tensor,
+    condition: Condition,
 ) -> Float[Tensor, "n c h w"]:
     """The guided prediction of Eq. 4 at one timestep."""
     if not condition.guided:
@@ -129,7 +135,7 @@ def guided_noise(
 
 
 def _prediction(
-    unet: UNet2DConditionModel | Recorder, x: Tensor, timestep: Tensor, context: Tensor
+    unet: "UNet2DConditionModel | Recorder", x: Tensor, timestep: Tensor, context: Tensor
 ) -> Float[Tensor, "n c h w"]:
     if isinstance(unet, Recorder):
         return unet(x, timestep, context)
@@ -138,7 +144,7 @@ def _prediction(
 
 @torch.no_grad()
 def sample_chain(
-    unet: UNet2DConditionModel,
+    unet: "UNet2DConditionModel",
     scheduler: Scheduler,
     n_steps: int,
     noise: Float[Tensor, "n c h w"],
@@ -254,7 +260,7 @@ def _image_side(
 
 
 def _drift(
-    unet: UNet2DConditionModel, x: Tensor, timestep: Tensor, condition: Condition, prediction: Tensor
+    unet: "UNet2DConditionModel", x: Tensor, timestep: Tensor, condition: Condition, prediction: Tensor
 ) -> Tensor:
     """Mean squared difference between the adapted and the base prediction."""
     with torch.no_grad(), adapters.disabled(unet):

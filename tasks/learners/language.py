@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
 from tasks.records import Digest, Frozen
 from tasks.settings import added_later
@@ -97,6 +96,8 @@ def fitted(vectors: Tensor, width: int) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _opened(settings: LanguageSettings) -> tuple[Any, Any]:
+    from transformers import AutoModel, AutoTokenizer  # slow: only this learner waits for it
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(_place(settings.tokenizer or settings.model))
         model = AutoModel.from_pretrained(_place(settings.model), use_safetensors=True)

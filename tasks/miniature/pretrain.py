@@ -187,7 +187,7 @@ def train_vae(folder: Path, minutes: float) -> AutoencoderKL:
 def train_decoder(folder: Path, minutes: float) -> None:
     """The autoencoder's decoder alone, longer, on latents with a little noise; the latents stay as they are."""
     web = load(folder, "web", WEB)
-    vae = AutoencoderKL.from_pretrained(WEIGHTS / "generator" / "vae")
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "generator" / "vae", use_safetensors=True)
     latents = encoded(folder, vae)
     spread = NOISE / vae.config.scaling_factor
     modules = nn.ModuleDict({"decoder": vae.decoder, "post": vae.post_quant_conv}).to(
@@ -310,7 +310,7 @@ def train_text(folder: Path, minutes: float) -> None:
 def train_text_unet(folder: Path, minutes: float) -> None:
     """Text encoder and UNet together on cached latents; writes the whole pipeline at every checkpoint."""
     web = load(folder, "web", WEB)
-    vae = AutoencoderKL.from_pretrained(WEIGHTS / "generator" / "vae")
+    vae = AutoencoderKL.from_pretrained(WEIGHTS / "generator" / "vae", use_safetensors=True)
     latents = encoded(folder, vae) * vae.config.scaling_factor
     tokenizer = words_of(web)
     ids, starts, counts = tokenized(tokenizer, web.captions)
@@ -337,7 +337,7 @@ def train_text_unet(folder: Path, minutes: float) -> None:
     trainer = Trainer("text_unet", modules, loss, len(latents), 48, 1e-3, minutes, folder, True)
 
     def ship() -> None:
-        current = AutoencoderKL.from_pretrained(WEIGHTS / "generator" / "vae")
+        current = AutoencoderKL.from_pretrained(WEIGHTS / "generator" / "vae", use_safetensors=True)
         current.register_to_config(_name_or_path="vae")  # else this machine's path is written
         save_pipeline(current, tokenizer, trainer.result)
 

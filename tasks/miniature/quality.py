@@ -35,7 +35,7 @@ class Sampler:
 
     def __init__(self, folder: Path) -> None:
         """Load a Stable Diffusion folder."""
-        self.pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        self.pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, use_safetensors=True)
 
     @torch.no_grad()
     def features(self, prompts: list[str]) -> Tensor:

@@ -60,7 +60,7 @@ class Reader:
         """
         if not (Path(folder) / "model.safetensors").exists():
             raise ValueError(f"no captioner in {str(folder)!r}; run: python -m tasks.miniature.pretrain")
-        model = VisionEncoderDecoderModel.from_pretrained(folder, dtype=torch.float32)
+        model = VisionEncoderDecoderModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         return cls(model, CLIPTokenizer.from_pretrained(folder))
 
     @torch.no_grad()

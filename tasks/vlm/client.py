@@ -12,13 +12,14 @@ import json
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Annotated, Literal, Protocol, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from tasks.images import to_data_url
 from tasks.records import Digest, Frozen, Usage
+from tasks.text import readable
 from tasks.vlm.transport import TransportSettings
 
 Detail = Literal["low", "high", "auto"]
@@ -147,11 +148,14 @@ def _stored(message: Message) -> StoredMessage:
 
 
 class Reply(Frozen):
-    """What came back. ``usage.calls`` is 1; ``model`` is the name that the server gave itself."""
+    """What came back. ``usage.calls`` is 1; ``model`` is the name that the server gave itself.
 
-    text: str
+    Of either text only what :func:`~tasks.text.readable` leaves is kept, wherever it came from.
+    """
+
+    text: Annotated[str, BeforeValidator(readable)]
     usage: Usage
-    model: str
+    model: Annotated[str, BeforeValidator(readable)]
 
 
 class Exchange(Frozen):

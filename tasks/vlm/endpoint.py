@@ -245,6 +245,11 @@ class Endpoint:
                 f"the environment variable {name} holds no key for the {s.noun}; export {name}=..., "
                 f"set {s.group}.api_key_env=null for a server without keys, or {s.instead}"
             )
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise VlmUnavailableError(
+                f"the environment variable {name} holds a line break, a blank or a letter outside of ASCII within the "
+                f"key for the {s.noun}, which no key has; export {name}=... again, as the provider gave it"
+            )
         return key
 
     def _without_key(self, text: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import openai
 
+from tasks.text import one_line
 from tasks.vlm.pacing import LONGEST_WAIT, retry_after
 from tasks.vlm.transport import TransportSettings, VlmError, VlmUnavailableError
 
@@ -60,13 +61,13 @@ def in_one_sentence(
         without_key: blots the key out of what the provider said.
     """
     s, group, who = settings, settings.group, f"the {settings.noun} at {address}"
-    said = _line(without_key(str(getattr(error, "message", error))))
+    said = one_line(without_key(str(getattr(error, "message", error))), 300)
     if isinstance(error, openai.APITimeoutError | TimeoutError):
         return VlmUnavailableError(
             f"{who} did not answer within {s.timeout_s:g} s; raise {group}.timeout_s or lower {group}.concurrency"
         )
     if isinstance(error, openai.APIConnectionError):
-        cause = _line(without_key(str(error.__cause__ or said)))
+        cause = one_line(without_key(str(error.__cause__ or said)), 300)
         return VlmUnavailableError(
             f"no {s.noun} answers at {address} ({cause}); "
             f"start the server there, correct {group}.base_url, or {s.instead}"
@@ -89,7 +90,7 @@ def in_one_sentence(
     if isinstance(error, BrokenReplyError):
         return VlmError(f"{who} sent {said}; check that {group}.base_url ends in /v1")
     if isinstance(error, openai.APIStatusError) and error.response.is_redirect:
-        to = _line(without_key(error.response.headers.get("location", "")))
+        to = one_line(without_key(error.response.headers.get("location", "")), 300)
         return VlmUnavailableError(
             f"{who} sends on to {to}, where neither key nor images are sent unasked; "
             f"if you trust that address, set {group}.base_url to it"
@@ -109,8 +110,3 @@ def _remedy(error: Exception, group: str) -> str:
 def _asked_wait(error: Exception) -> str:
     asked = retry_after(headers_of(error))
     return f" and asks to wait {asked:,.0f} s" if asked is not None and asked > LONGEST_WAIT else ""
-
-
-def _line(text: str) -> str:
-    """What a stranger said, as part of a sentence: one line, nothing that steers a terminal, not too long."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from tasks.records import Usage
+from tasks.text import shortened
 from tasks.vlm.client import ChatClient, Message, OnReply, Reply, Request, Sampling, VlmSettings
 from tasks.vlm.endpoint import Call, Connection, Endpoint, served_models
-from tasks.vlm.failures import BrokenReplyError
 from tasks.vlm.pacing import Backoff, Guess
 from tasks.vlm.replies import Completion, understood
 
 log = logging.getLogger("fscil.vlm")
 
-LONGEST_TOKEN = 64
-"""Characters; a server that writes more than this for each token allowed does not keep the limit."""
 IMAGE_TOKENS = {"low": 100, "auto": 800, "high": 800}
 """A first guess, by detail; providers count otherwise and say so with every answer."""
+
+CHARS_PER_TOKEN, MODEL_CHARS = 16, 200
+"""What a reply, and the name that a server gives itself, are cut to: more than any that keeps its limit."""
 
 
 class OpenAiClient(ChatClient):
@@ -120,13 +121,11 @@ class OpenAiClient(ChatClient):
 
     def _reply(self, completion: Completion, blot: Callable[[str], str]) -> Reply:
         said = completion.choices[0].message
-        text, model = said.content or said.refusal or "", blot(completion.model or self._settings.model)
-        if len(text) > LONGEST_TOKEN * self._settings.max_tokens:
-            raise BrokenReplyError(
-                f"{len(text):,} characters, where vlm.max_tokens={self._settings.max_tokens}"
-            )
+        model = shortened(blot(completion.model or self._settings.model), MODEL_CHARS)
         self._tell_of(model)
-        return Reply(text=blot(text), usage=self._settings.priced(completion.used), model=model)
+        most = CHARS_PER_TOKEN * max(self._settings.max_tokens, 1000)
+        text = shortened(blot(said.content or said.refusal or ""), most)
+        return Reply(text=text, usage=self._settings.priced(completion.used), model=model)
 
     def _tell_of(self, model: str) -> None:
         """Say once that another model answers; names with an owner or a date more are the same model."""

@@ -125,9 +125,10 @@ def _contradicts(rest: str, said: str) -> bool:
 
 _QUOTED = re.compile(r"(?:^|\n|:)[ \t*_>]*[\"“](.+?)[\"”][*_]*(?=\s*(?:$|\n))", re.DOTALL)
 _FENCED = re.compile(r"```[^\n`]*\n(.+?)```", re.DOTALL)
-_PREFACE = re.compile(
-    r"^\s*(?:(?:sure|certainly|of course|okay|ok|here(?:'s| is| are)|below is)\b[^\n:]*:|"
-    r"[*_#\s]*(?:(?:the|a|your)\s+)?(?:modified|new|revised|updated|rewritten|improved)?\s*prompt\s*[*_]*\s*:)[*_\s]*",
+_PREFACE = re.compile(  # possessive, so that a reply of many blanks takes no longer than another
+    r"^\s*+(?:(?:sure|certainly|of course|okay|ok|here(?:'s| is| are)|below is)\b[^\n:]*+:|"
+    r"[*_#\s]*+(?:(?:the|a|your)\s++)?(?:modified|new|revised|updated|rewritten|improved)?\s*+prompt\s*+[*_]*+\s*+:)"
+    r"[*_\s]*+",
     re.IGNORECASE,
 )
 _MARKUP = re.compile(r"\*\*|__|`+|^[ \t]*(?:#+|>|[-*•])[ \t]+|</?\w+>", re.MULTILINE)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from tasks.records import Digest, Usage
 from tasks.store import digest_of
@@ -80,6 +79,11 @@ class TransformersClient(ChatClient):
         Raises:
             VlmUnavailableError: it cannot be read or is none.
         """
+        from transformers import (  # slow: only who asks one waits for it
+            AutoConfig,
+            AutoModelForImageTextToText,
+        )
+
         s = self._settings
         try:
             config = AutoConfig.from_pretrained(s.model, revision=s.revision, trust_remote_code=False)
@@ -172,6 +176,8 @@ def _decoded(picture: Picture) -> Image.Image:
 @lru_cache(maxsize=1)
 def _loaded(settings: VlmSettings, device: str) -> tuple[Any, Any]:
     """The processor, padding on the left as generating needs, and the model."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
     where = {"revision": settings.revision, "trust_remote_code": False}
     try:
         processor = AutoProcessor.from_pretrained(settings.model, **where)

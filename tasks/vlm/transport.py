@@ -65,7 +65,7 @@ class TransportSettings(Frozen):
     def _reachable(self) -> Self:
         if self.base_url is not None and not _is_address(self.base_url):
             raise ValueError(
-                f"{self.group}.base_url must look like http://host:port/v1, without a name or password in it; "
+                f"{self.group}.base_url must look like http://host:port/v1, without name, password, ? or #; "
                 f"a key goes into the environment variable that {self.group}.api_key_env names"
             )
         if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env):
@@ -93,4 +93,5 @@ class TransportSettings(Frozen):
 
 def _is_address(url: str) -> bool:
     parts = urlsplit(url)
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+    more = "@" in parts.netloc or parts.query or parts.fragment
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not more

@@ -49,7 +49,7 @@ def test_a_saved_adapter_loaded_by_plain_diffusers_draws_our_images(
     generator.use_adapter(adapter)
     ours = generator.draw(PROMPTS, SEEDS)
     assert (ours - base).abs().max() > 0.01
-    pipe = StableDiffusionPipeline.from_pretrained(weights, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(weights, safety_checker=None, use_safetensors=True)
     if scheduler == "dpmsolver++":
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.load_lora_weights(adapter)

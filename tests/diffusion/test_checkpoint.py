@@ -80,7 +80,7 @@ def opened(path: Path | str, **changes: object) -> StableDiffusion:
 
 
 def theirs(folder: Path) -> Tensor:
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, use_safetensors=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe(
@@ -180,7 +180,9 @@ def test_a_single_file_is_the_same_generator_without_a_network(
 def test_half_weights_and_variants_are_read(
     saved: dict[str, Saved], tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(saved["1.x"].folder, dtype=dtype, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        saved["1.x"].folder, dtype=dtype, safety_checker=None, use_safetensors=True
+    )
     pipeline.save_pretrained(tmp_path / "half", variant="fp16")
     assert not (tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors").exists()
     found = opened(tmp_path / "half")

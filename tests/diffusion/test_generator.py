@@ -18,7 +18,7 @@ SEEDS = [3, 2**62 + 1, 77]
 
 
 def theirs(weights: Path, scheduler: str, seeds: Sequence[int] = SEEDS, **arguments: object) -> Tensor:
-    pipe = StableDiffusionPipeline.from_pretrained(weights, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(weights, safety_checker=None, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     if scheduler == "dpmsolver++":
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)

@@ -10,6 +10,12 @@ from http.client import HTTPException
 from pathlib import Path
 
 import pytest
+from prefect.settings import (
+    PREFECT_API_DATABASE_CONNECTION_URL,
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    temporary_settings,
+)
 
 from flows import own_server
 from flows.own_server import ServerError
@@ -75,16 +81,12 @@ def test_two_commands_at_once_have_a_server_each_until_they_end(tmp_path: Path) 
     assert falls_silent(urls[1]), "a server outlives its command"
 
 
-def test_a_server_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
-
-    monkeypatch.setattr(own_server, "START_S", 60)
-    monkeypatch.setenv(
-        "PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{tmp_path}/nowhere/prefect.db"
-    )
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    nowhere = f"sqlite+aiosqlite:///{tmp_path}/nowhere/prefect.db"
+    changed = {PREFECT_API_URL: None, PREFECT_HOME: tmp_path, PREFECT_API_DATABASE_CONNECTION_URL: nowhere}
     with (
-        temporary_settings({PREFECT_API_URL: None, PREFECT_HOME: tmp_path}),
-        pytest.raises(ServerError, match="make up"),
+        temporary_settings(changed),
+        pytest.raises(ServerError, match=r"(?s)did not start .*unable to open database file.*make up"),
         own_server.prefect_server(),
     ):
         pass

@@ -85,7 +85,9 @@ def test_plain_diffusers_loads_a_registered_adapter(finished: Place, tmp_path: P
     version = client.search_model_versions("name = 'fscil-digits-guided'")[0]
     folder = Path(version.source.removeprefix("file://"))
     path = load_config([]).generator.path
-    pipeline = StableDiffusionPipeline.from_pretrained(PROJECT / path, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        PROJECT / path, safety_checker=None, use_safetensors=True
+    )
     pipeline.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
     assert pipeline.get_active_adapters()
     assert any("lora_A" in name for name, _ in pipeline.unet.named_parameters())

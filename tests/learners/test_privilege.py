@@ -176,7 +176,7 @@ def test_mean_pooling_is_the_mean_of_the_last_states(language: LanguageSettings)
     assert language.tokenizer
     mean = word_vectors(language.model_copy(update={"pooling": "mean"}), NAMES[:1])[0]
     tokens = AutoTokenizer.from_pretrained(language.tokenizer)("a picture of a three", return_tensors="pt")
-    states = AutoModel.from_pretrained(language.model)(**tokens).last_hidden_state[0]
+    states = AutoModel.from_pretrained(language.model, use_safetensors=True)(**tokens).last_hidden_state[0]
     torch.testing.assert_close(mean, states.mean(0).detach())
     assert not torch.equal(mean, word_vectors(language, NAMES[:1])[0])
 
