@@ -10,6 +10,7 @@ DATASET ?= digits
 SEEDS ?= 0,1,2,3,4
 STORM ?= 50
 JOBS ?= 2
+FUZZ ?= 2000
 PROFILE ?= miniature
 METHODS ?= finetune,fixed_sd,guided
 PREFECT_PORT ?= 4200
@@ -96,6 +97,10 @@ bench: data ## speed and memory against what people use today, into reports/benc
 storm: data ## kill runs at every kind of moment, start many at once, and compare what they end with: make storm STORM=50
 	@$(BIN)/python -m tests.storm --runs $(STORM)
 	@$(BIN)/python -m tests.crowd
+
+.PHONY: fuzz
+fuzz: data ## look long for input that breaks a parser or a promise: make fuzz FUZZ=2000 (examples of each kind)
+	@FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/properties --timeout 86400
 
 .PHONY: check
 check: $(STAMP) ## ruff, the type checker and the import contracts

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tasks.text import readable
+from tasks.whereabouts import with_place
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 ERROR_CHARS = 8000
@@ -73,7 +74,7 @@ def known_errors() -> tuple[type[Exception], ...]:
 def fail(error: Exception, code: int) -> int:
     """Say what went wrong; return the exit code."""
     console.print(
-        f"error: {readable(str(error), ERROR_CHARS)}",
+        f"error: {readable(with_place(error), ERROR_CHARS)}",
         style="red",
         highlight=False,
         markup=False,

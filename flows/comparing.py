@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -38,8 +39,10 @@ class FileDifference(Frozen):
     """One file that came out otherwise.
 
     ``psnr`` in dB, None where pixels are the same and only the file's bytes differ; ``largest`` absolute difference
-    of any weight, in ``tensor``, and ``relative`` to the largest weight there.
+    of any weight, in ``tensor``, and ``relative`` to the largest weight there: infinite where all of them are 0.
     """
+
+    model_config = ConfigDict(allow_inf_nan=True)
 
     file: str
     what: Literal["missing", "added", "image", "weights", "rows", "bytes"]

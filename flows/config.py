@@ -229,7 +229,11 @@ def _composed(primary: str, model: type[Settings], overrides: Sequence[str]) -> 
     try:
         with _COMPOSING, initialize_config_dir(str(CONFIGS), version_base="1.3"):
             composed = OmegaConf.to_container(compose(primary, overrides=list(overrides)), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        ValueError,
+    ) as error:  # ValueError: a group that is no name
         raise ConfigError(_hydra_sentence(error, overrides, model)) from error
     assert isinstance(composed, dict), "the primary config is a mapping"
     return _validated(model, composed)

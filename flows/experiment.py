@@ -41,6 +41,7 @@ from tasks.versions import RunVersions
 from tasks.vlm.factory import check_vlm
 from tasks.vlm.images_api import ImagesApi, ImagesApiSettings
 from tasks.vlm.zero_shot import refuse_alike
+from tasks.whereabouts import inside
 
 SPLIT_VERSION = 1
 
@@ -192,7 +193,10 @@ def _run_sessions(
             runtime=config.runtime,
         )
         session_folder = folder / f"session-{index:02d}"
-        session = run_session(config, index, context, test_ref, session_folder, vlm_url, tracker, versions)
+        with inside(f"session {index}"):
+            session = run_session(
+                config, index, context, test_ref, session_folder, vlm_url, tracker, versions
+            )
         note(session_line(session))
         sessions.append(session)
         state = session.end

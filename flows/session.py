@@ -27,6 +27,7 @@ from tasks.regenerate import regenerate
 from tasks.store import artifacts_of, export, write_json
 from tasks.tracking import Tracker
 from tasks.versions import RunVersions
+from tasks.whereabouts import inside
 
 Initial = StageRecord[AugmentationSet] | None
 
@@ -108,7 +109,8 @@ def _learn(
     stop: str | None = None
     while stop is None:
         history = [record.evaluate.output.validation.overall for record in records]
-        record, stop = run_epoch(context, config, vlm_url, history)
+        with inside(f"epoch {context.epoch}"):
+            record, stop = run_epoch(context, config, vlm_url, history)
         epoch_folder = folder / f"epoch-{record.epoch:03d}"
         export(context.store, artifacts_of(stages_of(record)), record, epoch_folder)
         versions.keep()

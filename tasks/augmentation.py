@@ -34,6 +34,12 @@ class AugmenterSettings(Frozen):
     def _coherent(self) -> Self:
         if "{category}" not in self.base_prompt:
             raise ValueError(f"augmenter.base_prompt {self.base_prompt!r} must contain {{category}}")
+        try:
+            self.base_prompt.format(category="")
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"augmenter.base_prompt {self.base_prompt!r} may hold {{category}} and no other brace"
+            ) from error
         if self.source == "none" and (self.prompts != "fixed" or self.tuning != "none"):
             raise ValueError(
                 "augmenter.source=none draws no images: use prompts=fixed and tuning=none with it"

@@ -34,6 +34,7 @@ from tasks.loading import (
     vlm_digest,
     vlm_for,
 )
+from tasks.memory import within_memory
 from tasks.records import (
     ArtifactRef,
     AugmentedImage,
@@ -64,6 +65,7 @@ def evaluate(
 ) -> StageRecord[Evaluation]:
     """Predict the validation images (or the shots under leave-one-out) and A_k."""
 
+    @within_memory("dataset.size")
     def compute(work: StageFolder) -> Evaluation:
         session = session_of(context)
         model = learner_for(context, learner, classifier)
@@ -116,6 +118,7 @@ def evaluate_test(
 ) -> StageRecord[TestEvaluation]:
     """Count the test predictions of a finished session, once."""
 
+    @within_memory("dataset.size")
     def compute(work: StageFolder) -> TestEvaluation:
         session = load_session(context.store, test_ref)
         model = learner_for(context, learner, classifier)
@@ -155,6 +158,7 @@ def evaluate_zero_shot(
     session = load_session(context.store, test_ref)
     names = [context.class_names[label] for label in session.seen_classes]
 
+    @within_memory("vlm.batch")
     def compute(work: StageFolder) -> TestEvaluation:
         with tqdm(desc=f"session {context.session}: VLM names classes", disable=None, leave=False) as bar:
             found = classify(

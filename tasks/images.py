@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 MAX_PIXELS = 64_000_000
-"""Larger files are refused before they are decoded."""
+"""Pictures of more are refused before they are decoded: 8,000 x 8,000, which takes 192 MB as pixels."""
 
 STORED_BYTES = 65_535
 """Pictures up to this many raw bytes are written uncompressed: then no zlib version enters their bytes."""
@@ -38,8 +38,9 @@ class UnreadableImageError(ValueError):
 def load_image(path: Path, size: int | None) -> Tensor:
     """Read one picture as RGB.
 
-    Greyscale and palettes become RGB, transparency is laid on white, 16-bit values are scaled,
-    CMYK is converted, the EXIF orientation is applied, of an animation the first frame is taken.
+    What it is, is read from its content, whatever its name ends in. Greyscale and palettes become RGB,
+    transparency is laid on white, 16-bit values are scaled, CMYK is converted, the EXIF orientation is applied,
+    of an animation the first frame is taken.
 
     Args:
         path: A picture file.
@@ -69,9 +70,18 @@ def load_images(paths: Sequence[Path], size: int) -> Tensor:
     return torch.stack([load_image(path, size) for path in paths])
 
 
-def _open_rgb(path: Path) -> Image.Image:
+def refuse_unreadable(data: bytes, name: str) -> None:
+    """Decode a picture that is not on disk yet, as :func:`load_image` would.
+
+    Raises:
+        UnreadableImageError: says what is wrong with it; ``name`` is what it is called.
+    """
+    _open_rgb(Path(name), io.BytesIO(data))
+
+
+def _open_rgb(path: Path, data: io.BytesIO | None = None) -> Image.Image:
     try:
-        with Image.open(path) as picture:
+        with Image.open(data or path) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise _too_large(path)
             return _to_rgb(path, ImageOps.exif_transpose(picture))
@@ -108,9 +118,11 @@ def _to_rgb(path: Path, picture: Image.Image) -> Image.Image:
 
 def _from_16_bit(path: Path, picture: Image.Image) -> Image.Image:
     values = np.asarray(picture).astype(np.int64)
-    if values.min() < 0 or values.max() > 65_535:
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65_535 or 0 < high <= 255:
         raise UnreadableImageError(
-            f"cannot read the image {path}: it has values up to {values.max()}; save it with 8 bits"
+            f"cannot read the image {path}: its values go from {low} to {high}, not up to 65,535 as those of 16 bits; "
+            f"save it with 8 bits"
         )
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 

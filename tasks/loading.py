@@ -74,6 +74,12 @@ def augmented_tensors(
     return _images(context, [], images, size or context.dataset.size)
 
 
+def drawn_tensors(context: EpochContext, folder: Path, images: Sequence[AugmentedImage]) -> Tensor:
+    """Images of a set that is not sealed yet, as the classifier will see them: uint8 [n, 3, size, size]."""
+    paths, digests = [folder / image.path for image in images], [image.digest for image in images]
+    return _cache(context.runtime.image_cache).load(paths, digests, context.dataset.size)
+
+
 def _images(
     context: EpochContext, images: Sequence[ImageRef], generated: Sequence[AugmentedImage], size: int
 ) -> Tensor:

@@ -1,10 +1,12 @@
-"""The most memory that a piece of work held: resident in the process, and on the GPU.
+"""The most memory that a piece of work held, resident in the process and on the GPU; and what to do where it runs out.
 
 Linux keeps a high-water mark that can be reset; elsewhere, or where a container forbids it, nothing is known.
 """
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +51,32 @@ def _cuda() -> Any:
     """``torch.cuda``, if torch has been imported and computes on a GPU here."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+class MemoryShortageError(ValueError):
+    """The memory of the machine or of its GPU does not suffice; the message says what to lower."""
+
+
+@contextmanager
+def within_memory(lower: str) -> Iterator[None]:
+    """For a block or a function that may ask for more memory than there is.
+
+    Args:
+        lower: the settings that make it need less, such as ``tuning.batch or generator.size``.
+
+    Raises:
+        MemoryShortageError: Python, torch's CPU allocator or its GPU's had no more to give.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _ran_out(error):
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise MemoryShortageError(f"the memory does not suffice ({said}); lower {lower}") from error
+
+
+def _ran_out(error: MemoryError | RuntimeError) -> bool:
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, MemoryError) or on_gpu or "DefaultCPUAllocator" in str(error)

@@ -13,6 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from tasks.context import EpochContext
 from tasks.images import as_unit
 from tasks.loading import augmented_images, augmented_tensors, originals, session_of
+from tasks.memory import within_memory
 from tasks.records import ArtifactRef, AugmentedImage, ImageRef, Mining, Prediction, StageRecord
 from tasks.similarity.mining import Mined, mine_class
 from tasks.similarity.selection import MiningSettings
@@ -32,6 +33,7 @@ def mine_failures(
 ) -> StageRecord[Mining]:
     """Select, class by class, what the VLM compares and what the tuner contrasts."""
 
+    @within_memory("mining.memory_mb or mining.ssim_size")
     def compute(work: StageFolder) -> Mining:
         correct = {p.image_id: p.correct for p in read_lines(context.store.locate(predictions), Prediction)}
         wrong: dict[int, list[ImageRef]] = defaultdict(list)

@@ -19,9 +19,9 @@ Digest = NewType("Digest", str)
 
 
 class Frozen(BaseModel):
-    """Base of all records and settings: immutable, unknown keys refused."""
+    """Base of all records and settings: immutable; unknown keys, NaN and infinity refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # ----------------------------------------------------------------------------------------- artifacts

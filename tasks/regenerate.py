@@ -13,17 +13,20 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.augmentation import AugmenterSettings, Slot, first_slots, image_id, next_slots
+from tasks.collapse import refuse_collapse
 from tasks.context import EpochContext
 from tasks.images import Format
 from tasks.loading import (
     DrawerSettings,
     augmented_images,
+    drawn_tensors,
     generator_digest,
     generator_identity,
     price_of,
     redraws,
     session_of,
 )
+from tasks.memory import within_memory
 from tasks.progress import stage_bar
 from tasks.records import ArtifactRef, AugmentationSet, AugmentedImage, Digest, StageRecord, Verdict
 from tasks.seeding import seed_for
@@ -66,8 +69,11 @@ def regenerate(
         "generator": generator_digest(generator),
     }
 
+    @within_memory("generator.size")
     def compute(work: StageFolder) -> AugmentationSet:
         rows, batch = _draw_shards(context, epoch, work.path, slots, seeds, generator, adapter)
+        seen = drawn_tensors(context, work.path / "images", rows)
+        refuse_collapse(seen, rows, context.class_names, adapted=adapter is not None)
         write_lines(work.path / "manifest.jsonl", rows)
         for shard in sorted(work.path.glob("shard-*.jsonl")):
             shard.unlink()

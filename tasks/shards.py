@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from tasks.collapse import refuse_nan
 from tasks.context import EpochContext
 from tasks.diffusion.generator import GeneratorSettings
 from tasks.images import encoded
@@ -85,10 +86,15 @@ def draw_shards(order: Order, shards: Sequence[Shard]) -> Generator[Drawn, None,
 
 
 def draw_shard(order: Order, shard: Shard) -> Drawn:
-    """Draw one shard in this process."""
+    """Draw one shard in this process.
+
+    Raises:
+        CollapseError: an image is not finite.
+    """
     drawer = drawer_for(order.context, order.generator, order.adapter)
     drawer.batch = min(drawer.batch, shard.batch)
     images = drawer.draw(list(shard.prompts), list(shard.seeds))
+    refuse_nan(images, shard.prompts)
     files = tuple(encoded(image, f".{order.generator.format}") for image in images)
     return Drawn(start=shard.start, batch=drawer.batch, files=files)
 

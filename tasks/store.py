@@ -31,6 +31,7 @@ from pydantic import BaseModel
 
 from tasks.memory import PeakMemory
 from tasks.records import ArtifactKind, ArtifactRef, Digest, Frozen, Output, StageRecord
+from tasks.whereabouts import inside
 
 log = logging.getLogger("fscil.store")
 
@@ -164,7 +165,7 @@ def read_json(path: Path) -> dict[str, object]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise StoreError(f"{path} does not hold a JSON object")
@@ -183,11 +184,11 @@ def read_lines(path: Path, kind: type[Row]) -> list[Row]:
         StoreError: the file is missing or a line does not parse; the message names file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror}") from error
     rows: list[Row] = []
-    for number, line in enumerate(lines if lines != [""] else [], start=1):
+    for number, line in enumerate(lines if lines != [b""] else [], start=1):
         try:
             rows.append(kind.model_validate_json(line))
         except ValueError as error:
@@ -289,7 +290,8 @@ class Store:
             for leftover in work.rglob(".*.tmp"):
                 leftover.unlink()
             began, memory = time.monotonic(), PeakMemory()
-            result = compute(StageFolder(work, f"{stage}/{mark}"))
+            with inside(stage):
+                result = compute(StageFolder(work, f"{stage}/{mark}"))
             record: StageRecord[Output] = _record_type(output)(
                 stage=stage,
                 version=version,

@@ -18,6 +18,7 @@ from tasks.loading import (
     session_of,
     training_data,
 )
+from tasks.memory import within_memory
 from tasks.records import StageRecord, Training
 from tasks.seeding import seed_for
 from tasks.store import StageFolder
@@ -35,6 +36,7 @@ def train_classifier(context: EpochContext, learner: LearnerSettings) -> StageRe
     """Fit the classifier on the originals and A_k for one epoch of the paper's loop."""
     seed = seed_for(context.seed, context.session, context.epoch, "train_classifier")
 
+    @within_memory("learner.base.batch, learner.incremental.batch or dataset.size")
     def compute(work: StageFolder) -> Training:
         session = session_of(context)
         model = learner_for(context, learner)

@@ -25,6 +25,7 @@ from tasks.loading import (
     generator_identity,
     original_paths,
 )
+from tasks.memory import within_memory
 from tasks.progress import stage_bar
 from tasks.records import (
     ArtifactRef,
@@ -61,6 +62,7 @@ def tune_lora(
     rule: StepsRule = augmenter.tuning
     start, seed = context.start, seed_for(context.seed, context.session, context.epoch, "tune_lora")
 
+    @within_memory("tuning.batch or generator.size")
     def compute(work: StageFolder) -> Tuning:
         examples = list(examples_of(context, mining, verdicts, generator.size, seed))
         if not examples:

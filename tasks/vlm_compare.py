@@ -23,6 +23,7 @@ from tasks.loading import (
     vlm_digest,
     vlm_for,
 )
+from tasks.memory import within_memory
 from tasks.progress import stage_bar
 from tasks.records import Cluster, Comparing, FailurePair, ImageRef, Mining, StageRecord, Verdict
 from tasks.store import StageFolder, read_lines, write_lines
@@ -49,6 +50,7 @@ def vlm_compare(
 ) -> StageRecord[Comparing]:
     """Let the VLM compare each centre with the failures of its class; members inherit its verdict."""
 
+    @within_memory("vlm.batch or generator.size")
     def compute(work: StageFolder) -> Comparing:
         rewrites = augmenter.prompts == "rewritten"
         fits = generator_for(context, generator, context.start.adapter).fits if rewrites else None

@@ -15,6 +15,7 @@ from tasks.images import (
     load_image,
     load_images,
     png_bytes,
+    refuse_unreadable,
     save_png,
     to_data_url,
     to_greyscale,
@@ -226,3 +227,64 @@ def test_both_kinds_keep_every_pixel(tmp_path, suffix, shape):
 def test_other_kinds_are_refused():
     with pytest.raises(ValueError, match=r"as png or webp, not as '\.jpg'"):
         encoded(torch.zeros(3, 2, 2), ".jpg")
+
+
+# ---------------------------------------------------------------------------------------- what people have
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tif"])
+def test_of_an_animation_or_several_pages_the_first_is_taken(tmp_path, kind):
+    first, second = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    path = save(
+        first,
+        tmp_path / f"a.{kind}",
+        save_all=True,
+        append_images=[second],
+        **({"lossless": True} if kind == "webp" else {}),
+    )
+    assert torch.equal(load_image(path, None), RED[:, None, None].expand(3, 4, 4))
+
+
+def test_the_name_s_end_says_nothing(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.jpg", format="PNG")
+    assert torch.equal(pixel(tmp_path / "a.jpg"), RED)
+
+
+def test_one_bit_and_grey_with_alpha_and_sixteen_bit_tiff(tmp_path):
+    assert torch.equal(pixel(save(Image.new("1", (3, 3), 1), tmp_path / "a.png")), torch.ones(3))
+    assert torch.equal(
+        pixel(save(Image.new("LA", (3, 3), (51, 255)), tmp_path / "b.png")), torch.full((3,), 0.2)
+    )
+    values = np.full((3, 3), 65535, np.uint16)
+    assert torch.equal(pixel(save(Image.fromarray(values), tmp_path / "c.tif")), torch.ones(3))
+
+
+def test_eight_bit_values_in_sixteen_bits_would_be_black_and_are_refused(tmp_path):
+    path = save(Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16)), tmp_path / "dark.png")
+    with pytest.raises(
+        UnreadableImageError, match=r"dark\.png: its values go from 0 to 255, not up to 65,535"
+    ):
+        load_image(path, 8)
+    black = save(Image.fromarray(np.zeros((4, 4), np.uint16)), tmp_path / "black.png")
+    assert torch.equal(pixel(black), torch.zeros(3))
+
+
+def test_cmyk_of_a_jpeg_is_converted(tmp_path):
+    assert load_image(save(Image.new("CMYK", (8, 8)), tmp_path / "a.jpg"), None).min() > 0.98
+
+
+def test_a_picture_without_pixels_is_refused(tmp_path):
+    empty = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 0, 0, 1, 24, 0, 0, 0, 0, 0, 0)
+    (tmp_path / "none.bmp").write_bytes(empty)
+    (tmp_path / "none.gif").write_bytes(
+        b"GIF89a" + struct.pack("<HHBBB", 0, 0, 0, 0, 0) + b",\0\0\0\0\0\0\0\0\0\2\0;"
+    )
+    for name in ("none.bmp", "none.gif"):
+        with pytest.raises(UnreadableImageError, match=name):
+            load_image(tmp_path / name, 8)
+
+
+def test_what_is_not_on_disk_yet_is_looked_at_as_if_it_were():
+    refuse_unreadable(png_bytes(torch.rand(3, 4, 4)), "reply")
+    with pytest.raises(UnreadableImageError, match="cannot read the image reply"):
+        refuse_unreadable(png_bytes(torch.rand(3, 200, 200))[:5000], "reply")

@@ -130,3 +130,9 @@ def test_experiment_figures() -> None:
 def test_an_artifact_knows_its_name_in_an_exported_folder() -> None:
     ref = ArtifactRef(path="regenerate/abc/images/x", digest=Digest("d"), kind="images")
     assert ref.name == "images/x"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_stands_in_no_record_and_no_setting(value: float) -> None:
+    with pytest.raises(ValueError, match="margin"):
+        Prediction(image_id="a", label=0, predicted=1, margin=value)

@@ -9,21 +9,26 @@ from torch import Tensor
 
 from flows.config import ExperimentConfig, load_config
 from tasks import loading
+from tasks.collapse import CollapseError
 from tasks.context import EpochContext
 from tasks.images import encoded, load_image
 from tasks.records import ArtifactRef, AugmentationSet, AugmentedImage, Digest, ImageRef, LoopState, Session
 from tasks.regenerate import regenerate
 from tasks.shards import Drawn, Order, Shard, ShardDrawer, draw_parcel, drawn_by, packed
 from tasks.store import digest_of, read_lines, write_json
+from tasks.whereabouts import with_place
 
 SIZE, SHOTS = 8, 7
 
 
 class Fake:
-    """Images whose red tells the batch they were drawn in, their green the seed; more than ``fits`` is halved."""
+    """Images whose red tells the batch they were drawn in, their green the seed; more than ``fits`` is halved.
 
-    def __init__(self, batch: int, fits: int, dies_after: int | None = None) -> None:
-        self.batch, self.fits, self.dies_after, self.calls = batch, fits, dies_after, 0
+    The blue is stripes, or, once it has collapsed, as flat as the rest for the first ``flat`` of each call.
+    """
+
+    def __init__(self, batch: int, fits: int, dies_after: int | None = None, flat: int = 0) -> None:
+        self.batch, self.fits, self.dies_after, self.calls, self.flat = batch, fits, dies_after, 0, flat
 
     def use_adapter(self, folder: Path | None) -> None:
         assert folder is None
@@ -37,6 +42,7 @@ class Fake:
         images = torch.zeros(len(prompts), 3, SIZE, SIZE)
         images[:, 0] = self.batch / 255
         images[:, 1] = torch.tensor([seed % 251 / 255 for seed in seeds])[:, None, None]
+        images[self.flat :, 2, :, ::2] = 1
         return images
 
 
@@ -126,6 +132,19 @@ def test_a_killed_attempt_is_taken_up_with_the_batch_that_fitted(place: Place) -
     assert fresh.calls == 1, "the sealed shard is not drawn again"
     assert drawn.batch_shape == (2, 3, SIZE, SIZE)
     assert batches(rows, images) == {2}
+
+
+def test_a_collapsed_generator_s_set_is_not_sealed(place: Place) -> None:
+    with pytest.raises(CollapseError, match=r"7 of 7 generated images are near-constant \(bird 7") as caught:
+        place.draw(Fake(4, fits=4, flat=4))
+    assert with_place(caught.value).startswith("regenerate: 7 of 7")
+    assert not [path for path in place.root.glob("stages/regenerate/*") if path.suffix != ".partial"]
+
+
+def test_few_blank_images_are_told_and_kept(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    drawn, _, _ = place.draw(Fake(4, fits=4, flat=1))
+    assert drawn.count == SHOTS
+    assert "2 of 7 generated images are near-constant (bird 2" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------ drawn elsewhere

@@ -23,10 +23,12 @@ from tasks.store import (
     digest_of,
     export,
     fingerprint,
+    read_json,
     read_lines,
     write_atomic,
     write_lines,
 )
+from tasks.whereabouts import with_place
 
 
 class Row(Frozen):
@@ -277,3 +279,26 @@ def test_temporaries_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path
     (tmp_path / "whole.json").write_text("{}")
     clear_leftovers(tmp_path.rglob(".*.tmp"))
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:3], "whole.json"])
+
+
+def test_a_line_that_is_no_text_is_named(tmp_path: Path) -> None:
+    write_lines(tmp_path / "rows.jsonl", [Row(name="a", value=1), Row(name="b", value=2)])
+    data = (tmp_path / "rows.jsonl").read_bytes().replace(b"b", b"\xff")
+    (tmp_path / "rows.jsonl").write_bytes(data)
+    with pytest.raises(StoreError, match=r"rows\.jsonl, line 2, is not a Row"):
+        read_lines(tmp_path / "rows.jsonl", Row)
+
+
+def test_json_too_deep_to_read_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(StoreError, match=r"cannot read .*a\.json"):
+        read_json(tmp_path / "a.json")
+
+
+def test_an_error_says_in_which_stage_it_arose(tmp_path: Path) -> None:
+    def compute(work: StageFolder) -> Out:
+        raise ValueError("the loss is nan")
+
+    with pytest.raises(ValueError, match="nan") as caught:
+        Store(tmp_path).run("train", 1, settings={}, inputs={}, seed=0, output=Out, compute=compute)
+    assert with_place(caught.value) == "train: the loss is nan"

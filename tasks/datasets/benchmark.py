@@ -9,6 +9,7 @@ classes seen so far.
 All that can be wrong with the data is said here, in one sentence, before anything is computed.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from tasks.datasets.pictures import Roles, look_at, refuse_twins
 from tasks.datasets.published import draw_published, part_twins, shared_pictures
 from tasks.datasets.settings import DatasetError, DatasetSettings
 from tasks.records import Benchmark, Session
+
+LONGEST_NAME = 255
+"""Of a class, in bytes of UTF-8: what file systems take."""
 
 __all__ = ["DatasetError", "DatasetSettings", "build_benchmark"]
 
@@ -63,19 +67,30 @@ def build_benchmark(settings: DatasetSettings, cache: Path | None = None) -> Ben
 def _prompt_names(settings: DatasetSettings, folders: list[str]) -> tuple[str, ...]:
     given = settings.class_names or {}
     names = tuple(given.get(folder, folder.replace("_", " ")).strip() for folder in folders)
-    if repeated := first_repeated([name.casefold() for name in names]):
-        twins = [f for f, name in zip(folders, names, strict=True) if name.casefold() == repeated]
+    read = [_as_read(name) for name in names]
+    if repeated := first_repeated(read):
+        twins = [f for f, name in zip(folders, read, strict=True) if name == repeated]
         raise DatasetError(
             f"the classes {twins[0]!r} and {twins[1]!r} have one name, {repeated!r}; "
             f"give each its own in dataset.class_names"
         )
     for folder, name in zip(folders, names, strict=True):
-        if name in ("", ".", "..") or not name.isprintable() or "/" in name or "\\" in name:
+        if not name.isprintable() or not _names_a_folder(name):
             raise DatasetError(
-                f"the class {folder!r} has the name {name!r}, which is empty, dots alone, or holds a slash or a "
-                f"control character; give it another in dataset.class_names"
+                f"the class {folder!r} has the name {name!r}, which is empty or too long, begins with a dot, or "
+                f"holds a slash or a control character; give it another in dataset.class_names"
             )
     return names
+
+
+def _as_read(name: str) -> str:
+    """What is left of a name without what the eye does not tell apart: case, blanks, ways to write an accent."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def _names_a_folder(name: str) -> bool:
+    """Whether generated images can lie in a visible folder of this name, below the one that it is put in."""
+    return 0 < len(name.encode()) <= LONGEST_NAME and not name.startswith(".") and not {"/", "\\"} & {*name}
 
 
 def _session(settings: DatasetSettings, index: int, drawn: Sequence[Roles]) -> Session:

@@ -8,6 +8,7 @@ Which pictures are drawn depends on ``split_seed`` and the file names alone: it 
 adding a picture moves few others.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from tasks.datasets.pictures import SUFFIXES, Draw, Picture, cut_class
 from tasks.datasets.settings import DatasetError, DatasetSettings
 from tasks.seeding import seed_for
 
+log = logging.getLogger("fscil.datasets")
+
 TEST_SHARE = 0.2
+SPLITS = ("train", "val", "test")
 
 
 def draw_folders(settings: DatasetSettings) -> tuple[list[str], list[Draw]]:
@@ -28,6 +32,7 @@ def draw_folders(settings: DatasetSettings) -> tuple[list[str], list[Draw]]:
         DatasetError: Missing or empty folder, too few classes or pictures.
     """
     folders = _choose_classes(settings, _class_folders(settings))
+    _tell_unread(settings, folders)
     return folders, [_draw(settings, label, folder) for label, folder in enumerate(folders)]
 
 
@@ -52,6 +57,25 @@ def _class_folders(settings: DatasetSettings) -> list[str]:
             f"{root}/test/<class>/<picture>, or {root}/<class>/<picture>"
         )
     return names
+
+
+def _tell_unread(settings: DatasetSettings, folders: list[str]) -> None:
+    """Say what lies among the pictures and is not read, and which folder is no class for want of pictures."""
+    read = " ".join(SUFFIXES)
+    parents = [settings.root / name for name in SPLITS] if _is_split(settings.root) else [settings.root]
+    unread = [path for parent in parents for folder in folders for path in _others(parent / folder)]
+    if unread:
+        log.warning("%d files are not read, one is %s: pictures end in %s", len(unread), unread[0], read)
+    if settings.class_order is None:
+        for path in sorted(parents[0].iterdir()):
+            if path.is_dir() and not path.name.startswith(".") and not any(_pictures(path)):
+                log.warning("%s holds no picture, so it is no class: pictures end in %s", path, read)
+
+
+def _others(folder: Path) -> list[Path]:
+    """The visible files of a folder that are no pictures by their names."""
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return [p for p in files if p.suffix.lower() not in SUFFIXES and not p.name.startswith(".")]
 
 
 def _choose_classes(settings: DatasetSettings, found: list[str]) -> list[str]:
@@ -93,7 +117,10 @@ def _shuffled(settings: DatasetSettings, folder: Path) -> list[Picture]:
     def key(picture: Picture) -> int:
         return seed_for(settings.split_seed, "split", picture.path)
 
-    paths = (path.relative_to(settings.root).as_posix() for path in _pictures(folder))
+    paths = [path.relative_to(settings.root).as_posix() for path in _pictures(folder)]
+    for path in paths:
+        if any("\ud800" <= letter <= "\udfff" for letter in path):
+            raise DatasetError(f"the name of the picture {path!r} is not UTF-8; rename it")
     return sorted((Picture(path.replace("/", "-"), path) for path in paths), key=key)
 
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from tasks.datasets.settings import DatasetError, DatasetSettings
-from tasks.images import load_image
+from tasks.images import load_pixels
 from tasks.records import Digest, ImageRef
 from tasks.store import StoreError, digest_of, read_json, write_json
 
@@ -74,6 +74,10 @@ def cut_class(
     is_base = label < settings.n_base
     wanted = settings.base_shots if is_base else settings.k_shot
     holds_out = is_base and val is None
+    if holds_out and wanted == 1:
+        raise DatasetError(
+            "dataset.base_shots=1: a base class trains on one picture and holds one out; raise it to 2, or add val/"
+        )
     least = max(wanted or 1, 2 if holds_out else 1)  # a base class trains on one and holds one out
     if len(pool) < least:
         raise _too_few(name, "training", len(pool), least)
@@ -140,7 +144,7 @@ def _digests(root: Path, paths: Sequence[str], cache: Path | None) -> dict[str, 
 
 def _looked_at(root: Path, paths: list[str]) -> Iterator[tuple[str, str]]:
     def look(path: str) -> tuple[str, str]:
-        load_image(root / path, None)
+        load_pixels(root / path, None)
         return path, digest_of(root / path)
 
     with ThreadPoolExecutor() as pool:  # the bar is for those who wait at a terminal

@@ -26,7 +26,7 @@ class DatasetSettings(Frozen):
         n_way: New classes of each later session.
         k_shot: Training pictures of each new class.
         n_sessions: How many sessions follow the base session; 0 is plain classification.
-        base_shots: Pictures of each base class, held-out ones included; None takes all.
+        base_shots: Pictures of each base class, held-out ones included, so at least 2 without val/; None takes all.
         test_per_class: Test pictures of each class; None takes all.
         holdout: Share of the base classes' pictures that validates, in (0, 1); at least one of each class.
         class_order: Folder names in the order in which classes come; None sorts them. Others are ignored.
@@ -44,8 +44,8 @@ class DatasetSettings(Frozen):
     n_way: int = Field(ge=1)
     k_shot: int = Field(ge=1)
     n_sessions: int = Field(ge=0)
-    base_shots: int | None
-    test_per_class: int | None
+    base_shots: int | None = Field(ge=1)
+    test_per_class: int | None = Field(ge=1)
     holdout: float = Field(gt=0, lt=1)
     class_order: tuple[str, ...] | None
     class_names: dict[str, str] | None

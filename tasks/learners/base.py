@@ -103,7 +103,11 @@ class Learner(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Write weights and state into ``folder``; equal states give equal bytes."""
+        """Write weights and state into ``folder``; equal states give equal bytes.
+
+        Raises:
+            ValueError: Training has left NaN or infinity in the weights.
+        """
         ...
 
     def load(self, folder: Path) -> None:

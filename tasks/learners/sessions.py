@@ -89,8 +89,9 @@ class SessionLearner(ABC):
 
     def save(self, folder: Path) -> None:
         """See :meth:`Learner.save`; the folder is made if need be."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
+        refuse_not_finite(tensors)
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "weights.safetensors")
         text = json.dumps(self._state(), indent=1, sort_keys=True)
         (folder / "learner.json").write_text(text + "\n", encoding="utf-8")
@@ -142,6 +143,20 @@ class SessionLearner(ABC):
     @abstractmethod
     def _take(self, tensors: dict[str, Tensor]) -> None:
         """Take over what ``_tensors`` gave; RuntimeError or KeyError if it does not fit."""
+
+
+def refuse_not_finite(tensors: dict[str, Tensor]) -> None:
+    """Refuse weights that training has driven out of the numbers; a loss is taken before the step that does it.
+
+    Raises:
+        ValueError: Names the first tensor that holds NaN or infinity.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"training diverged: {name} is no longer finite; lower the learning_rate of learner.base or "
+                f"learner.incremental, whichever trained"
+            )
 
 
 def of_shape(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from tasks.images import Format, load_images, load_pixels
+from tasks.images import Format, load_images, refuse_unreadable
 from tasks.records import Digest, Usage
 from tasks.store import write_atomic
 from tasks.vlm.endpoint import Call, Connection, Endpoint, served_models
@@ -187,7 +186,7 @@ class ImagesApi:
             )
         try:
             data = base64.b64decode(reply.data[0].b64_json, validate=True)
-            _look_at(data)
+            refuse_unreadable(data, "reply")
         except ValueError as error:
             raise BrokenReplyError("something that is no picture that can be read") from error
         return Drawn(data, self.settings.priced(reply.used))
@@ -208,11 +207,3 @@ class ImagesApi:
         temporary.write_bytes(drawn.data)
         temporary.replace(target)
         write_atomic(self._file(key, ".json"), drawn.usage.model_dump_json() + "\n")
-
-
-def _look_at(data: bytes) -> None:
-    """Read a picture whole, as training will: what is kept must not turn out to be damaged later."""
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        load_pixels(Path(file.name), None)

@@ -29,6 +29,9 @@ REWRITE = (
 MAX_PROMPT_CHARS = 600
 """A prompt is cut to this many characters before its tokens are counted."""
 
+MAX_REPLY_CHARS = 20_000
+"""Of a longer reply, its reasoning apart, only so many characters are looked at."""
+
 
 # ---------------------------------------------------------------------------------------- requests
 
@@ -79,9 +82,14 @@ _REFUSAL = re.compile(
 _AGAINST = {"YES": "not semantically similar", "NO": "are semantically similar"}
 
 
+def _said(text: str) -> str:
+    """A reply without its reasoning block, cut where no answer is that long."""
+    return _THINKING.sub(" ", text)[:MAX_REPLY_CHARS]
+
+
 def bare(text: str) -> str:
     """A reply without its reasoning block, tags, a label such as "Answer:" and the marks that lead it."""
-    plain = _TAG.sub(" ", _THINKING.sub(" ", text)).lstrip(_MARKS)
+    plain = _TAG.sub(" ", _said(text)).lstrip(_MARKS)
     return _LABEL.sub("", plain).lstrip(_MARKS)
 
 
@@ -123,7 +131,7 @@ def _contradicts(rest: str, said: str) -> bool:
 
 # ---------------------------------------------------------------------------------------- prompts
 
-_QUOTED = re.compile(r"(?:^|\n|:)[ \t*_>]*[\"“](.+?)[\"”][*_]*(?=\s*(?:$|\n))", re.DOTALL)
+_QUOTED = re.compile(r"(?:^|\n|:)[ \t*_>]*[\"“](.{1,2000}?)[\"”][*_]*(?=\s*(?:$|\n))", re.DOTALL)
 _FENCED = re.compile(r"```[^\n`]*\n(.+?)```", re.DOTALL)
 _PREFACE = re.compile(  # possessive, so that a reply of many blanks takes no longer than another
     r"^\s*+(?:(?:sure|certainly|of course|okay|ok|here(?:'s| is| are)|below is)\b[^\n:]*+:|"
@@ -146,7 +154,7 @@ def clean_prompt(text: str, fits: Callable[[str], bool], fallback: str) -> str:
         fits: whether the text encoder takes a prompt whole.
         fallback: returned if nothing usable is left (an empty reply, a refusal, a judgement); not checked.
     """
-    line = _one_line(_candidate(_THINKING.sub(" ", text)))
+    line = _one_line(_candidate(_said(text)))
     if not line or _REFUSAL.match(line) or parse_answer(line) != "unparsed":
         return fallback
     words = line.split(" ")

@@ -1,4 +1,5 @@
 import itertools
+import os
 import shutil
 
 import pytest
@@ -151,12 +152,28 @@ def test_underscores_are_blanks_in_prompts(flat_root):
     assert build_benchmark(settings(flat_root, test_per_class=2)).class_names[0] == "army ant"
 
 
-def test_hidden_and_other_files_are_passed_over(split_root):
+def test_hidden_files_are_passed_over_and_others_told(split_root, caplog):
     before = build_benchmark(settings(split_root))
     (split_root / "train" / "ant" / ".DS_Store").write_text("x")
-    (split_root / "train" / "ant" / "notes.txt").write_text("x")
+    assert build_benchmark(settings(split_root)) == before
+    assert caplog.messages == []
+    (split_root / "train" / "ant" / "0.heic").write_text("x")
+    (split_root / "test" / "bee" / "notes.txt").write_text("x")
     (split_root / "train" / "empty").mkdir()
     assert build_benchmark(settings(split_root)) == before
+    unread, empty = caplog.messages
+    assert unread.startswith(
+        f"2 files are not read, one is {split_root}/train/ant/0.heic: pictures end in .png "
+    )
+    assert empty.startswith(f"{split_root}/train/empty holds no picture, so it is no class")
+
+
+def test_the_content_of_a_picture_counts_and_not_its_name(split_root):
+    before = build_benchmark(settings(split_root))
+    for path in sorted((split_root / "train" / "ant").glob("*.png")):
+        Image.open(path).save(path, format="JPEG")
+    after = build_benchmark(settings(split_root))
+    assert [i.path for i in after.sessions[0].train] == [i.path for i in before.sessions[0].train]
 
 
 # ------------------------------------------------------------------------------ what is remembered
@@ -165,9 +182,9 @@ def test_hidden_and_other_files_are_passed_over(split_root):
 def test_pictures_are_looked_at_once_and_again_when_they_change(split_root, tmp_path, monkeypatch):
     first = build_benchmark(settings(split_root), tmp_path / "cache")
     looked = []
-    load = pictures.load_image
+    load = pictures.load_pixels
     monkeypatch.setattr(
-        pictures, "load_image", lambda path, size: looked.append(path.name) or load(path, size)
+        pictures, "load_pixels", lambda path, size: looked.append(path.name) or load(path, size)
     )
     assert build_benchmark(settings(split_root), tmp_path / "cache") == first
     assert looked == []
@@ -262,8 +279,61 @@ def test_two_classes_of_one_name(split_root):
     )
 
 
-def test_unusable_name(split_root):
-    refused("'ant' has the name 'a/b'", split_root, class_names={"ant": "a/b"})
+@pytest.mark.parametrize(
+    "twin",
+    [
+        "caf\N{LATIN SMALL LETTER E WITH ACUTE}",
+        "cafe\N{COMBINING ACUTE ACCENT}",
+        "CAF\N{LATIN CAPITAL LETTER E WITH ACUTE}",
+    ],
+)
+@pytest.mark.parametrize("blanks", [" ", "  "])
+def test_two_names_that_the_eye_does_not_tell_apart(split_root, twin, blanks):
+    one = f"the{blanks}caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+    refused("'ant' and 'bee' have one name", split_root, class_names={"ant": one, "bee": f"the {twin}"})
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "a\\b", "", "..", ".", ".x.tmp", "a\nb", "a\0b", "x" * 256, "\udce9"]
+)
+def test_unusable_name(split_root, name):
+    with pytest.raises(DatasetError, match="'ant' has the name"):
+        build_benchmark(settings(split_root).model_copy(update={"class_names": {"ant": name}}))
+
+
+def test_a_picture_whose_name_is_no_text_is_named(split_root):
+    source = split_root / "train" / "ant" / "0.png"
+    try:
+        source.rename(os.fsdecode(os.fsencode(source.parent) + b"/caf\xe9.png"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    refused(r"train/ant/caf\\udce9\.png' is not UTF-8; rename it", split_root)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"base_shots": 0}, {"base_shots": -3}, {"test_per_class": 0}, {"test_per_class": -1}]
+)
+def test_numbers_of_pictures_that_mean_nothing(split_root, changes):
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        settings(split_root, **changes)
+
+
+def test_one_shot_of_a_base_class_is_too_few_to_hold_one_out(split_root):
+    refused(
+        "base_shots=1: a base class trains on one picture and holds one out; raise it to 2",
+        split_root,
+        base_shots=1,
+    )
+    for name in NAMES:
+        fill(split_root / "val" / name, 2, seed=200 + NAMES.index(name))
+    base = build_benchmark(settings(split_root, base_shots=1)).sessions[0]
+    assert (len(base.train), len(base.val)) == (2, 4)
+
+
+def test_huge_pictures_are_looked_at_in_eight_bits(split_root, monkeypatch):
+    """As floats the largest that is allowed takes 768 MB, and as many are looked at as there are threads."""
+    monkeypatch.setattr(torch.Tensor, "float", None)
+    assert build_benchmark(settings(split_root)).n_base == 2
 
 
 def test_class_order_names_no_folder(split_root):

@@ -245,3 +245,18 @@ def test_a_checkpoint_that_is_not_its_own_is_refused(kind: str, vit: Path, tmp_p
     (tmp_path / "weights.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="cannot be read"):
         learner.load(tmp_path)
+
+
+def learn_and_save(learner: Learner, folder: Path) -> None:
+    learner.begin_session(*SESSIONS[0])
+    learner.learn(data(0), seed=0)
+    learner.save(folder)
+
+
+def test_nothing_that_is_no_number_is_ever_saved(kind: str, vit: Path, tmp_path: Path) -> None:
+    learner = fresh(kind, vit)
+    for weight in learner.backbone.parameters():
+        weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"is no longer finite|is not finite|the loss is nan"):
+        learn_and_save(learner, tmp_path / "sealed")
+    assert not (tmp_path / "sealed").exists()

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -92,6 +93,18 @@ def test_shots_are_predicted_without_themselves(make, kind):
 
 
 # ------------------------------------------------------------------------------ checkpoints refused
+
+
+def test_weights_that_the_last_step_drove_off_are_not_saved(make, tmp_path):
+    """Each loss is taken before its step: of the last step none tells."""
+    learner = make("finetune_proto", base=training(passes=1, batch=1000, learning_rate=3e38))
+    learner.begin_session((0, 1, 2), (0, 1, 2))
+    assert all(map(math.isfinite, learner.learn(data(8, (0, 1, 2), seed=1), seed=0)))
+    with pytest.raises(
+        ValueError, match=r"training diverged: \w.* is no longer finite; lower the learning_rate"
+    ):
+        learner.save(tmp_path / "sealed")
+    assert not (tmp_path / "sealed").exists()
 
 
 def test_missing_and_damaged_checkpoints_are_refused(make, tmp_path):

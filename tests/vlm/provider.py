@@ -198,8 +198,10 @@ def completion_of(text: str | None, **message: object) -> dict[str, Any]:
 
 
 def image_of(prompt: str) -> dict[str, Any]:
-    """A grey image, 48 x 32, whose brightness is the prompt's length; 10 tokens read, 200 written."""
-    picture = png_bytes(torch.full((3, 32, 48), len(prompt) % 256 / 255))
+    """A grey image, 48 x 32, whose brightness is the prompt's length, on a white line; 10 tokens read, 200 written."""
+    pixels = torch.full((3, 32, 48), len(prompt) % 256 / 255)
+    pixels[:, -2:] = 1
+    picture = png_bytes(pixels)
     usage = {
         "input_tokens": 10, "output_tokens": 200, "total_tokens": 210,
         "input_tokens_details": {"image_tokens": 0, "text_tokens": 10},

@@ -1,12 +1,14 @@
 """Images from a provider over real HTTP: what is asked, kept, paid and refused; and the row that trains on them."""
 
 import base64
+import io
 import struct
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from provider import Act, Provider, image_of, providing, refusal
 
 from flows.config import ConfigError, ExperimentConfig, load_config
@@ -131,6 +133,22 @@ def test_absurd_counts_cost_no_image(usage: object, tmp_path: Path) -> None:
         drawer = api(provider, tmp_path)
         assert drawer.draw(["a"], [1]).shape == (1, 3, 16, 16)
         assert drawer.paid == Usage(calls=1, cost=0.5)
+
+
+@pytest.mark.parametrize("harm", ["cut", "bomb"])
+def test_a_picture_that_cannot_be_decoded_is_not_kept_but_asked_for_again(tmp_path: Path, harm: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (90, 90), "red").save(buffer, "JPEG")
+    data = buffer.getvalue()
+    if harm == "cut":
+        data = data[: len(data) * 2 // 3]  # its header is whole
+    else:
+        at = data.index(b"\xff\xc0") + 5
+        data = data[:at] + struct.pack(">HH", 30_000, 30_000) + data[at + 4 :]
+    broken = {"created": 0, "data": [{"b64_json": base64.b64encode(data).decode()}]}
+    with providing(Act(body=broken)) as provider:
+        assert api(provider, tmp_path).draw(["a"], [1]).shape[0] == 1
+        assert len(provider.sent) == 2
 
 
 def test_an_address_in_place_of_an_image_is_not_asked_for_again(tmp_path: Path) -> None:

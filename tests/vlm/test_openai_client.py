@@ -52,9 +52,23 @@ def questions(count: int) -> list[Request]:
         Act(drop=True),
         Act(cut=True),
         Act(body={"object": "chat.completion", "choices": []}),
+        Act(body={"object": "chat.completion", "choices": {"0": "YES"}}),
+        Act(body={"object": "chat.completion", "choices": ["YES"]}),
         Act(body="upstream is busy"),
     ],
-    ids=["429", "500", "503", "408", "told to", "dropped", "truncated", "no choices", "no JSON"],
+    ids=[
+        "429",
+        "500",
+        "503",
+        "408",
+        "told to",
+        "dropped",
+        "truncated",
+        "no choices",
+        "a dict",
+        "texts",
+        "no JSON",
+    ],
 )
 def test_what_may_pass_is_tried_again(act: Act) -> None:
     with providing(act, act) as provider:
@@ -290,3 +304,20 @@ def test_a_key_in_the_place_of_its_variable_is_refused_and_not_repeated() -> Non
     with pytest.raises(ConfigError, match="is the NAME of an environment variable") as refused:
         load_config(["vlm=openai", f"vlm.api_key_env={KEY}"])
     assert KEY not in "".join(traceback.format_exception(refused.value))
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "YES"}], 7, {"a": "b"}])
+def test_a_reply_whose_text_is_none_is_asked_for_again_and_then_said(content: object) -> None:
+    strange = Act(body=completion_of(content))  # type: ignore[arg-type]
+    with providing(strange) as provider:
+        assert client(provider.base_url).complete_all(questions(1))[0].text == "re: question 0"
+    with providing(*[strange] * 4) as provider, pytest.raises(VlmError, match="no chat completion"):
+        client(provider.base_url).complete_all(questions(1))
+
+
+@pytest.mark.parametrize("tokens", ["many", -5, 1.5, {"a": 1}, None, [1]])
+def test_tokens_that_are_no_count_do_not_end_the_run(tokens: object) -> None:
+    body = completion_of("YES")
+    body["usage"]["prompt_tokens"] = tokens
+    with providing(Act(body=body)) as provider:
+        assert client(provider.base_url).complete_all(questions(1))[0].text in ("YES", "re: question 0")
