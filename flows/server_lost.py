@@ -90,9 +90,14 @@ def _before(error: BaseException, known: tuple[type[Exception], ...]) -> BaseExc
 
 def _say_it_once() -> None:
     """Of the events that Prefect cannot send, the first one's warning is enough."""
-    for name in ("prefect._internal.concurrency", "EventsWorker"):  # print each event, and how many are left
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in ("prefect._internal.concurrency", "EventsWorker"):
+        logging.getLogger(name).addFilter(_no_event)  # not a level, which Prefect sets anew
     logging.getLogger("prefect.events.clients").addFilter(_ONCE)
+
+
+def _no_event(record: logging.LogRecord) -> bool:
+    """Whether a line is none of those that print an event whole, or how many are left."""
+    return not str(record.msg).startswith(("Service %r failed to process item", "Still processing items"))
 
 
 def _drop_events() -> None:

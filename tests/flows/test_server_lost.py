@@ -1,5 +1,6 @@
 """A Prefect server that is not there, or dies at the start, in the middle or at the end of a run."""
 
+import logging
 import shutil
 import socket
 import threading
@@ -187,6 +188,20 @@ def test_an_address_where_nobody_listens_is_told_and_a_server_of_its_own_is_run(
     said = capsys.readouterr().err
     assert said == "no Prefect server listens at http://127.0.0.1:1/api; this command runs one of its own\n"
     assert len(started) == 1
+
+
+def test_events_that_cannot_be_sent_are_told_of_once() -> None:
+    def passes(name: str, said: str) -> bool:
+        return bool(
+            logging.getLogger(name).filter(logging.LogRecord(name, logging.ERROR, "", 0, said, (), None))
+        )
+
+    with told_if_lost("http://127.0.0.1:1/api", known_errors):
+        assert not passes("prefect._internal.concurrency", "Service %r failed to process item %r")
+        assert passes("prefect._internal.concurrency", "Service %r failed with %s pending items.")
+        assert not passes("EventsWorker", "Still processing items: 5 items remaining...")
+        tried = [passes("prefect.events.clients", "Unable to connect to %r.") for _ in range(3)]
+        assert sum(tried) <= 1, "one line in all, of this process"
 
 
 def test_a_page_that_prefect_does_not_take_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
