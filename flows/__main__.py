@@ -109,15 +109,15 @@ def _run(arguments: Sequence[str]) -> int:
     except known_errors() as error:
         return fail(error, EXIT_USAGE)
     records = []
-    with prefect_server():
-        for combination, config in zip(combinations, configs, strict=True):
-            chosen = dict(item.split("=", 1) for item in combination if item.partition("=")[0] in SWEPT)
-            rest = [item for item in combination if item.partition("=")[0] not in SWEPT]
-            console.rule(f"{config.dataset.name} · {config.method} · seed {config.seed}")
-            try:
+    try:
+        with prefect_server():
+            for combination, config in zip(combinations, configs, strict=True):
+                chosen = dict(item.split("=", 1) for item in combination if item.partition("=")[0] in SWEPT)
+                rest = [item for item in combination if item.partition("=")[0] not in SWEPT]
+                console.rule(f"{config.dataset.name} · {config.method} · seed {config.seed}")
                 records.append(fscil(chosen.get("dataset", "digits"), config.method, config.seed, rest))
-            except known_errors() as error:
-                return fail(error, EXIT_FAILED)
+    except known_errors() as error:
+        return fail(error, EXIT_FAILED)
     print_table(records, config.runtime.runs, config.runtime.state)
     return 0
 

@@ -3,16 +3,37 @@
 Prefect's client tries again for about a minute (PREFECT_CLIENT_MAX_RETRIES), so a server may be started again under a
 run. After that a flow has nobody to tell its state, and the command ends with one sentence. Nothing of a run lives in
 Prefect alone: what was sealed is sealed, and the same command goes on, on a server of its own where none listens.
-Pages, tags and progress are extras: one that Prefect does not take is a warning.
+Pages, tags and progress are extras: one that Prefect does not take is a warning. So are events: Prefect tries each for
+seconds, before the process may end, so those that a lost server has not got are dropped.
 """
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty
+from socket import gaierror
 
 import httpx
 
+NO_WAY = (ConnectionError, TimeoutError, gaierror)
+"""Beneath httpx's errors, of the same lost server."""
+
 log = logging.getLogger("fscil.prefect")
+
+
+class _Once(logging.Filter):
+    """Lets one line through in all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left = 1
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self._left -= 1
+        return self._left >= 0
+
+
+_ONCE = _Once()
 
 
 class ServerLostError(OSError):
@@ -30,11 +51,13 @@ def told_if_lost(url: str, known: Callable[[], tuple[type[Exception], ...]]) -> 
     Raises:
         ServerLostError: the server does not answer.
     """
+    _say_it_once()
     try:
         yield
     except (httpx.HTTPError, RuntimeError) as error:
         if not _lost(error):
             raise
+        _drop_events()
         first = _before(error, known())
         also = f"{first}; besides, " if first else ""
         raise ServerLostError(
@@ -60,6 +83,29 @@ def _lost(error: Exception) -> bool:
 def _before(error: BaseException, known: tuple[type[Exception], ...]) -> BaseException | None:
     """The error for the user that was under way when the server was found lost."""
     context = error.__context__
-    while context is not None and not isinstance(context, known):
+    while context is not None and (not isinstance(context, known) or isinstance(context, NO_WAY)):
         context = context.__context__
     return context
+
+
+def _say_it_once() -> None:
+    """Of the events that Prefect cannot send, the first one's warning is enough."""
+    for name in ("prefect._internal.concurrency", "EventsWorker"):
+        logging.getLogger(name).addFilter(_no_event)  # not a level, which Prefect sets anew
+    logging.getLogger("prefect.events.clients").addFilter(_ONCE)
+
+
+def _no_event(record: logging.LogRecord) -> bool:
+    """Whether a line is none of those that print an event whole, or how many are left."""
+    return not str(record.msg).startswith(("Service %r failed to process item", "Still processing items"))
+
+
+def _drop_events() -> None:
+    from prefect.events.worker import EventsWorker
+
+    workers = [one for one in EventsWorker._instances.values() if isinstance(one, EventsWorker)]  # type: ignore[misc]
+    for worker in workers:
+        with suppress(Empty):
+            while True:
+                worker._queue.get_nowait()
+                worker._queue.task_done()

@@ -2,14 +2,16 @@
 
 The official library builds its objects without checking them: a reply of another form would come to light as a foreign
 error somewhere later. So the bytes are read here, by what a client needs; the rest is ignored. What is told of tokens
-costs no answer: where it is missing or absurd, it counts as not told, which is 0.
+costs no answer: where it is missing or absurd, it counts as not told, which is 0. Nor does a character that is none.
 """
 
+import json
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     Field,
     ValidationError,
     ValidatorFunctionWrapHandler,
@@ -17,6 +19,7 @@ from pydantic import (
 )
 
 from tasks.records import Usage
+from tasks.text import readable
 from tasks.vlm.failures import BrokenReplyError
 
 MOST_TOKENS = 10**9
@@ -27,6 +30,13 @@ def _or_none(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return handler(value)
     except ValidationError:
         return None
+
+
+def _as_text(value: Any) -> Any:
+    return readable(value) if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
 
 
 class _Form(BaseModel):
@@ -58,8 +68,8 @@ class _Told(_Form):
 class Said(BaseModel):
     """The assistant's turn, or why there is none."""
 
-    content: str | None = None
-    refusal: str | None = None
+    content: Text | None = None
+    refusal: Text | None = None
 
 
 class Choice(BaseModel):
@@ -74,7 +84,7 @@ class Completion(_Told):
     noun: ClassVar[str] = "chat completion"
 
     choices: tuple[Choice]
-    model: Annotated[str | None, Field(max_length=200), WrapValidator(_or_none)] = None
+    model: Annotated[Text | None, WrapValidator(_or_none)] = None
 
 
 class DrawnImage(BaseModel):
@@ -106,11 +116,11 @@ class ModelList(_Form):
 
 
 class _Error(BaseModel):
-    message: str
+    message: Text
 
 
 class _Failure(BaseModel):
-    error: _Error | str
+    error: _Error | Text
 
 
 Form = TypeVar("Form", bound=_Form)
@@ -127,14 +137,18 @@ def understood(form: type[Form], data: bytes) -> Form:
         BrokenReplyError: it is something else; what it says of an error is told.
     """
     try:
-        return form.model_validate_json(data)
-    except ValidationError as error:
-        raise BrokenReplyError(_complaint(form.noun, data, error)) from None
-
-
-def _complaint(noun: str, data: bytes, error: ValidationError) -> str:
+        said = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BrokenReplyError(f"something that is no {form.noun} ({error})") from None
     try:
-        said = _Failure.model_validate_json(data).error
+        return form.model_validate(said)
+    except ValidationError as error:
+        raise BrokenReplyError(_complaint(form.noun, said, error)) from None
+
+
+def _complaint(noun: str, reply: object, error: ValidationError) -> str:
+    try:
+        said = _Failure.model_validate(reply).error
     except ValidationError:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])

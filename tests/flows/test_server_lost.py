@@ -1,5 +1,6 @@
 """A Prefect server that is not there, or dies at the start, in the middle or at the end of a run."""
 
+import logging
 import shutil
 import socket
 import threading
@@ -10,10 +11,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows import experiment, own_server, progress, session
-from flows.cli import known_errors
+from flows.__main__ import main
+from flows.cli import EXIT_FAILED, known_errors
 from flows.experiment import fscil
 from flows.server_lost import ServerLostError, extra, told_if_lost
 from tasks.vlm.transport import VlmError
@@ -101,8 +104,39 @@ def test_a_server_that_dies_ends_the_run_in_one_sentence_and_nothing_is_lost(
         ):
             fscil("digits", "guided", 0, place.overrides())
     assert (place.run("guided") / "experiment.json").is_file() == (moment == "end")
+    assert untold_events() == 0, "each would be tried for seconds before the process may end"
     fscil("digits", "guided", 0, place.overrides())
     assert place.files("guided") == finished.files("guided")
+
+
+def untold_events() -> int:
+    found = [one for one in EventsWorker._instances.values() if isinstance(one, EventsWorker)]
+    return sum(one._queue.qsize() for one in found if not one._stopped)
+
+
+def refused() -> None:
+    """As httpx says it."""
+    try:
+        socket.create_connection(("127.0.0.1", 9))
+    except OSError as error:
+        raise httpx.ConnectError("refused") from error
+
+
+def test_a_command_ends_with_the_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def server() -> Iterator[None]:
+        with told_if_lost("http://127.0.0.1:9/api", known_errors):
+            yield
+
+    monkeypatch.setattr("flows.__main__.prefect_server", server)
+    monkeypatch.setattr(experiment, "preflight", lambda _config: None)
+    monkeypatch.setattr(experiment, "fscil", lambda *_given: refused())
+    assert main(["dataset=digits", "method=finetune"]) == EXIT_FAILED
+    said = " ".join(capsys.readouterr().err.split())
+    assert "error: the Prefect server at http://127.0.0.1:9/api does not answer any more" in said
+    assert said.endswith("nothing sealed is lost - the same command goes on from here")
 
 
 def test_the_error_that_could_not_be_reported_comes_first() -> None:
@@ -110,7 +144,7 @@ def test_the_error_that_could_not_be_reported_comes_first() -> None:
         try:
             raise VlmError("the VLM at x takes no more requests")
         except VlmError:
-            raise httpx.ConnectError("refused")  # noqa: B904 - as Prefect's engine does
+            refused()
 
     with (
         pytest.raises(
@@ -154,6 +188,20 @@ def test_an_address_where_nobody_listens_is_told_and_a_server_of_its_own_is_run(
     said = capsys.readouterr().err
     assert said == "no Prefect server listens at http://127.0.0.1:1/api; this command runs one of its own\n"
     assert len(started) == 1
+
+
+def test_events_that_cannot_be_sent_are_told_of_once() -> None:
+    def passes(name: str, said: str) -> bool:
+        return bool(
+            logging.getLogger(name).filter(logging.LogRecord(name, logging.ERROR, "", 0, said, (), None))
+        )
+
+    with told_if_lost("http://127.0.0.1:1/api", known_errors):
+        assert not passes("prefect._internal.concurrency", "Service %r failed to process item %r")
+        assert passes("prefect._internal.concurrency", "Service %r failed with %s pending items.")
+        assert not passes("EventsWorker", "Still processing items: 5 items remaining...")
+        tried = [passes("prefect.events.clients", "Unable to connect to %r.") for _ in range(3)]
+        assert sum(tried) <= 1, "one line in all, of this process"
 
 
 def test_a_page_that_prefect_does_not_take_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
