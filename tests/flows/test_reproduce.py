@@ -69,8 +69,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reproduced(clone: Path) -> Path:
-    """The clone after its first `dvc repro`, which wrote every row."""
-    said = ran(run(clone, "dvc", "repro"))
+    """The clone after its first `dvc repro`, by the command of `make repro`, which wrote every row."""
+    said = ran(run(clone, sys.executable, "-m", "flows", "repro"))
     assert sorted(said) == sorted(["settings", *(f"experiment@digits-{m}-0" for m in METHODS), "tables"])
     return clone
 
