@@ -6,7 +6,7 @@ import socket
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -162,7 +162,8 @@ def locked(root: Path) -> Iterator[str]:
 
 @contextmanager
 def read_only(root: Path) -> Iterator[str]:
-    yield f"sqlite:///file:{root}/mlflow.db?mode=ro&uri=true"
+    with chdir(root):  # MLflow makes a folder of the address's first part
+        yield f"sqlite:///file:{root}/mlflow.db?mode=ro&uri=true"
 
 
 @contextmanager
