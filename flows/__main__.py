@@ -99,13 +99,15 @@ def _run(arguments: Sequence[str]) -> int:
         configs = [load_config(combination) for combination in combinations]
     except (ConfigError, ValueError) as error:
         return fail(error, EXIT_USAGE)
-    from flows.experiment import fscil, preflight
+    from flows.experiment import RunInProgress, fscil, preflight
     from flows.report import print_table
 
     try:
         prefect_url()
         for config in configs:
             preflight(config)
+    except RunInProgress as error:
+        return fail(error, EXIT_FAILED)
     except known_errors() as error:
         return fail(error, EXIT_USAGE)
     records = []

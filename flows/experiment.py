@@ -50,6 +50,10 @@ class RunError(RuntimeError):
     """The run cannot start or go on; the message says why and what to do."""
 
 
+class RunInProgress(RunError):
+    """Another process is running it; nothing about the command is wrong."""
+
+
 class Split(Frozen):
     """The benchmark, sealed: training views without a test image, and test views handed out only to seal."""
 
@@ -95,7 +99,8 @@ def fscil(
 
     Raises:
         ConfigError: a wrong setting.
-        RunError: the run is in progress elsewhere, or its folder was written with other settings.
+        RunInProgress: the run is in progress elsewhere.
+        RunError: its folder was written with other settings.
     """
     config = load_config(all_overrides(dataset, method, seed, overrides, models))
     tag_run(*config.tags)
@@ -110,7 +115,8 @@ def preflight(config: ExperimentConfig) -> Benchmark:
     """Find what would stop the experiment, before any compute: its folder, data, weights and VLM.
 
     Raises:
-        RunError: the run is in progress elsewhere, or its folder was written with other settings.
+        RunInProgress: the run is in progress elsewhere.
+        RunError: its folder was written with other settings.
         ValueError: data or weights that are missing or do not fit.
         VlmError: the VLM does not answer.
     """
@@ -266,7 +272,7 @@ def _held(store: Store, key: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise RunError(f"{key} is already running in another process; wait for it or stop it") from error
+        raise RunInProgress(f"{key} is already running in another process; wait for it or stop it") from error
     try:
         yield
     finally:

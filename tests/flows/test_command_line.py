@@ -9,6 +9,7 @@ import pytest
 from flows.__main__ import expand, main
 from flows.config import CONFIGS, ConfigError, choices, differences, load_config
 from tasks.datasets.benchmark import build_benchmark
+from tasks.store import Store
 from tests.conftest import Place
 
 
@@ -167,6 +168,17 @@ class TestBeforeAnyCompute:
         place = Place(tmp_path)
         quick = place.overrides(f"generator.path={tmp_path / 'sd'}", "stopping.max_epochs=1")
         assert main(["dataset=digits", "method=finetune", *quick]) == 0
+
+
+def test_a_run_in_progress_elsewhere_is_refused_as_a_run_not_as_a_wrong_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place(tmp_path)
+    with Store(place.root / "state").run_lock("digits/finetune/seed-0"):
+        assert main(["dataset=digits", "method=finetune", "seed=0", *place.overrides()]) == 1
+    assert "digits/finetune/seed-0 is already running in another process" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_a_study_of_no_example_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
