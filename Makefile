@@ -15,6 +15,7 @@ PROFILE ?= miniature
 METHODS ?= finetune,fixed_sd,guided
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
+LISTEN ?= 127.0.0.1
 STAMP := $(VENV)/.installed
 
 .PHONY: help
@@ -68,13 +69,13 @@ study: $(STAMP) ## measure what the method does on the runs in runs/; reports/st
 	@$(BIN)/fscil study
 
 .PHONY: ui
-ui: $(STAMP) ## the MLflow UI on http://127.0.0.1:5000
+ui: $(STAMP) ## the MLflow UI on http://127.0.0.1:5000: make ui MLFLOW_PORT=5001
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db \
-	  --host 127.0.0.1 --port 5000 --workers 1
+	  --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1
 
 .PHONY: up
-up: $(STAMP) ## Prefect server, worker and MLflow UI on 127.0.0.1, deployments registered: make up PREFECT_PORT=4200
-	@$(BIN)/python -m flows up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+up: $(STAMP) ## Prefect server, worker and MLflow UI on 127.0.0.1, deployments registered: make up PREFECT_PORT=4200 LISTEN=<address>
+	@$(BIN)/python -m flows up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT) --host $(LISTEN)
 
 .PHONY: down
 down: $(STAMP) ## end what `make up` started

@@ -17,6 +17,7 @@
     fscil track [run ...] [tracking.uri=...]                             write MLflow again from the records
     fscil gc [--delete] [--days 7]                                       what no run names any more; shown before it goes
     fscil up [--prefect-port 4200] [--mlflow-port 5000] [--runs 1]       Prefect server, worker, MLflow UI, deployments
+          [--host 127.0.0.1]
     fscil down                                                           end them
 
 Exit codes: 0 done; 1 a run failed or a replay differs; 2 the command or a setting is wrong; 130 interrupted (Ctrl-C);
@@ -224,7 +225,7 @@ def _learners(arguments: Sequence[str]) -> int:
 
 
 def _up(arguments: Sequence[str]) -> int:
-    from flows.services import ServiceError, up
+    from flows.services import HOST, ServiceError, up
 
     parser = argparse.ArgumentParser(
         "fscil up", description="Start the server, a worker and the MLflow UI here."
@@ -235,9 +236,10 @@ def _up(arguments: Sequence[str]) -> int:
         ("runs", 1, "flow runs at once; the others wait"),
     ):
         parser.add_argument(f"--{name}", type=int, default=number, help=f"{what}, {number} by default")
+    parser.add_argument("--host", default=HOST, help=f"address that the servers listen on, {HOST} by default")
     chosen = parser.parse_args(arguments)
     try:
-        lines = up(chosen.prefect_port, chosen.mlflow_port, chosen.runs)
+        lines = up(chosen.prefect_port, chosen.mlflow_port, chosen.runs, chosen.host)
     except (ValueError, ServiceError) as error:
         return fail(error, EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED)
     print("\n".join(lines))

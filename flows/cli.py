@@ -1,6 +1,7 @@
 """What the commands share: the terminal, exit codes, and errors that are for the user."""
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -59,6 +60,28 @@ def quieten(prefect_level: str = "WARNING") -> None:
     if "prefect" not in sys.modules:
         home = os.environ.setdefault("PREFECT_HOME", str(Path(".fscil/prefect").resolve()))
         Path(home).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def failures_told_once() -> Iterator[None]:
+    """Keep what Prefect says of a failing run off the terminal while the block lasts: its server has it all.
+
+    An error that is for the user is then one sentence; any other one's traceback is printed by Python.
+    """
+
+    def by_others(record: logging.LogRecord) -> bool:
+        return not (
+            record.name in ("prefect.flow_runs", "prefect.task_runs") and record.levelno >= logging.ERROR
+        )
+
+    handlers = logging.getLogger().handlers[:]
+    for handler in handlers:
+        handler.addFilter(by_others)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(by_others)
 
 
 def known_errors() -> tuple[type[Exception], ...]:

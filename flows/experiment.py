@@ -1,7 +1,6 @@
 """One experiment: a dataset, a method and a seed, all FSCIL sessions. The flow that deployments start."""
 
 import inspect
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,9 +18,11 @@ from flows.session import run_session
 from flows.stage_progress import stage_progress
 from tasks.context import EpochContext
 from tasks.datasets.benchmark import build_benchmark
+from tasks.diffusion.generator import GeneratorSettings
 from tasks.gpu import gpu_held
 from tasks.learners.factory import check_learner
-from tasks.loading import backbone_digest, generator_digest, vlm_digest
+from tasks.loading import MINIATURE_CAPTIONER, backbone_digest, generator_digest, vlm_digest
+from tasks.miniature.shipped import refuse_damaged
 from tasks.miniature.vlm_server import serve_miniature
 from tasks.progress import watched_by
 from tasks.provenance import provenance
@@ -35,7 +36,7 @@ from tasks.records import (
     StageRecord,
     Usage,
 )
-from tasks.store import StageFolder, Store, clear_leftovers, read_json, write_json
+from tasks.store import StageFolder, Store, clear_leftovers, read_json, remove, write_json
 from tasks.tracking import Tracker
 from tasks.versions import RunVersions
 from tasks.vlm.factory import check_vlm
@@ -122,6 +123,8 @@ def preflight(config: ExperimentConfig) -> Benchmark:
     """
     with _held(Store(config.runtime.state), config.run_key):
         _make_way(config.runtime.runs / config.run_key, config)
+    for path in _local_weights(config):
+        refuse_damaged(path)
     check_ray(config.runtime)
     config.runtime.torch_device  # noqa: B018 - raises where the device is not there
     benchmark = build_benchmark(config.dataset, cache=config.runtime.state / "datasets")
@@ -236,6 +239,19 @@ def seal_split(store: Store, config: ExperimentConfig, benchmark: Benchmark) -> 
     )
 
 
+def _local_weights(config: ExperimentConfig) -> list[Path]:
+    """Where on this machine the networks of the run are, as far as settings say so."""
+    paths = (
+        []
+        if config.zero_shot or not config.trained.backbone.checkpoint
+        else [config.trained.backbone.checkpoint]
+    )
+    if config.augmenter.draws and isinstance(config.drawer, GeneratorSettings):
+        paths.append(config.drawer.path)
+    own = config.asks_vlm and config.vlm.kind == "miniature" and config.vlm.base_url is None
+    return [*map(Path, paths), *([MINIATURE_CAPTIONER] if own else [])]
+
+
 def _weights(config: ExperimentConfig) -> dict[str, str]:
     """Digests of the weights that the run uses; those of a VLM are known where the project ships them."""
     weights: dict[str, str] = {}
@@ -291,4 +307,4 @@ def _make_way(folder: Path, config: ExperimentConfig) -> None:
             "Move or delete that folder, set runtime.runs= to another one, or runtime.replace=true to replace it"
         )
     if changed:
-        shutil.rmtree(folder)
+        remove(folder)

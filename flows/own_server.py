@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from flows.cli import console, known_errors
+from flows.cli import console, failures_told_once, known_errors
 from flows.server_lost import told_if_lost
 from tasks.secrets import credentials_in
 
@@ -34,7 +34,8 @@ class ServerError(OSError):
 def prefect_server() -> Iterator[None]:
     """Use the Prefect server of the settings if it listens; else run one for as long as the block lasts.
 
-    A server that the environment names and that does not listen is told of.
+    What fails meanwhile is told on the terminal by the command, not by Prefect. A server that the environment
+    names and that does not listen is told of.
 
     Raises:
         ValueError: the settings' address holds a password or key.
@@ -45,7 +46,7 @@ def prefect_server() -> Iterator[None]:
 
     url = prefect_url()
     if url and _listens(url):
-        with told_if_lost(url, known_errors):
+        with failures_told_once(), told_if_lost(url, known_errors):
             yield
         return
     if url and os.environ.get("PREFECT_API_URL"):
@@ -62,6 +63,7 @@ def prefect_server() -> Iterator[None]:
         try:
             with (
                 temporary_settings({PREFECT_API_URL: f"{address}/api"}),
+                failures_told_once(),
                 told_if_lost(address, known_errors),
             ):
                 yield

@@ -1,11 +1,12 @@
-"""`make up` and `make down`: the Prefect server, a worker and the MLflow UI, on 127.0.0.1 of this machine.
+"""`make up` and `make down`: the Prefect server, a worker and the MLflow UI, on 127.0.0.1 unless told otherwise.
 
 Each service is a process group of its own with two files below ``.fscil/services``: ``<name>.pid``, which holds
-"pid port" and which the process keeps locked for as long as it lives, so that a number that the system gave to
-another program is never taken for a service; and ``<name>.log``. Nothing here imports
+"pid port host" and which the process keeps locked for as long as it lives, so that a number that the system gave
+to another program is never taken for a service; and ``<name>.log``. Nothing here imports
 Prefect, MLflow or torch, so that it is quick.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
+EVERYWHERE = ("0.0.0.0", "::")
 POOL = "fscil"
 FOLDER = PROJECT / ".fscil" / "services"
 START_S, STOP_S = 300, 20
@@ -36,15 +38,16 @@ class ServiceError(RuntimeError):
 
 @dataclass(frozen=True)
 class Service:
-    """One process: its files' name, what runs, and the port that it is known by."""
+    """One process: its files' name, what runs, and the port and the address that it is known by."""
 
     name: str
     command: tuple[str, ...]
     port: int
+    host: str = HOST
 
     @property
     def pid_file(self) -> Path:
-        """Holds "pid port", and the lock."""
+        """Holds "pid port host", and the lock."""
         return FOLDER / f"{self.name}.pid"
 
     @property
@@ -53,7 +56,9 @@ class Service:
         return FOLDER / f"{self.name}.log"
 
 
-def services(prefect_port: int, mlflow_port: int, runs_at_once: int) -> tuple[Service, Service, Service]:
+def services(
+    prefect_port: int, mlflow_port: int, runs_at_once: int, host: str = HOST
+) -> tuple[Service, Service, Service]:
     """The server, the MLflow UI and the worker, in the order in which they are started."""
     prefect = (sys.executable, "-m", "prefect")
     mlflow = (
@@ -68,37 +73,43 @@ def services(prefect_port: int, mlflow_port: int, runs_at_once: int) -> tuple[Se
     return (
         Service(
             "server",
-            (*prefect, "server", "start", "--host", HOST, "--port", str(prefect_port)),
+            (*prefect, "server", "start", "--host", host, "--port", str(prefect_port)),
             prefect_port,
+            host,
         ),
         Service(
             "mlflow",
-            (*mlflow, "--host", HOST, "--port", str(mlflow_port), "--workers", "1"),
+            (*mlflow, "--host", host, "--port", str(mlflow_port), "--workers", "1"),
             mlflow_port,
+            host,
         ),
-        Service("worker", (*prefect, *work), prefect_port),
+        Service("worker", (*prefect, *work), prefect_port, host),
     )
 
 
-def up(prefect_port: int = 4200, mlflow_port: int = 5000, runs_at_once: int = 1) -> list[str]:
+def up(
+    prefect_port: int = 4200, mlflow_port: int = 5000, runs_at_once: int = 1, host: str = HOST
+) -> list[str]:
     """Start what does not run yet, wait until each answers, register the deployments of prefect.yaml.
 
     Args:
         prefect_port: of the Prefect server.
         mlflow_port: of the MLflow UI.
         runs_at_once: how many flow runs the worker has under way; the others wait.
+        host: the address to listen on; any but this machine's own is warned of.
 
     Returns:
         Lines that say where everything is.
 
     Raises:
-        ValueError: a port is taken by another program, or the services run on other ports.
+        ValueError: a port is taken by another program, the address is none of this machine's, or the services run
+            elsewhere.
         ServiceError: one of them did not start.
     """
-    server, mlflow, worker = services(prefect_port, mlflow_port, runs_at_once)
+    server, mlflow, worker = services(prefect_port, mlflow_port, runs_at_once, host)
     _check_ports(server, mlflow, worker)
-    environment = environment_of(prefect_port)
-    api, ui = environment["PREFECT_API_URL"], f"http://{HOST}:{mlflow_port}"
+    environment = environment_of(prefect_port, host)
+    api, ui = environment["PREFECT_API_URL"], f"http://{_here(host)}:{mlflow_port}"
     for service in (server, mlflow):
         _start(service, environment)
     _wait(server, lambda: _get(f"{api}/health") == "true")
@@ -108,7 +119,8 @@ def up(prefect_port: int = 4200, mlflow_port: int = 5000, runs_at_once: int = 1)
     _wait(worker, lambda: _polled_since(api, since))
     _register(environment)
     return [
-        f"Prefect UI   http://{HOST}:{prefect_port}   (runs, logs, parameters)",
+        *warning_of(host),
+        f"Prefect UI   http://{_here(host)}:{prefect_port}   (runs, logs, parameters)",
         f"MLflow UI    {ui}   (metrics, images, adapters)",
         f"worker       pool {POOL}, {runs_at_once} at a time; logs in {FOLDER}",
         f"from another folder first: export PREFECT_API_URL={api}",
@@ -127,16 +139,27 @@ def down() -> list[str]:
     return ended
 
 
-def environment_of(prefect_port: int) -> dict[str, str]:
+def warning_of(host: str) -> list[str]:
+    """What somebody should know who lets others reach the servers: one line, or none."""
+    if host in (HOST, "localhost", "::1"):
+        return []
+    return [
+        f"warning      the servers listen on {host} and ask for no login: whoever reaches this machine can read all "
+        f"runs, change them, and start any command as you. Safer: {HOST}, and ssh -L from afar"
+    ]
+
+
+def environment_of(prefect_port: int, host: str = HOST) -> dict[str, str]:
     """What the services and the flow runs that they start are told."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_SERVER_")}
     return kept | {
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "PREFECT_API_URL": f"http://{HOST}:{prefect_port}/api",
+        "PREFECT_API_URL": f"http://{_here(host)}:{prefect_port}/api",
         "PREFECT_HOME": str(PROJECT / ".fscil" / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_API_URL": "/api",  # of the page's own address, whichever the browser knows it by
         "PYTHONPATH": os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONUNBUFFERED": "1",
     }
@@ -145,15 +168,15 @@ def environment_of(prefect_port: int) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------ processes
 
 
-def running(service: Service) -> tuple[int, int] | None:
-    """The service's process id and port, if it lives: its file is locked for just as long."""
+def running(service: Service) -> tuple[int, int, str] | None:
+    """The service's process id, port and address, if it lives: its file is locked for just as long."""
     try:
         with service.pid_file.open("r") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                pid, port = file.read().split()
-                return int(pid), int(port)
+                pid, port, *host = file.read().split()
+                return int(pid), int(port), host[0] if host else HOST
     except FileNotFoundError:
         pass
     return None
@@ -175,7 +198,7 @@ def _start(service: Service, environment: Mapping[str, str]) -> None:
             start_new_session=True,
             pass_fds=[lock.fileno()],
         )
-        lock.write(f"{process.pid} {service.port}")
+        lock.write(f"{process.pid} {service.port} {service.host}")
 
 
 def _end(service: Service, pid: int) -> None:
@@ -197,25 +220,39 @@ def _signal(group: int, number: signal.Signals) -> None:
 def _check_ports(*wanted: Service) -> None:
     for service in wanted:
         found = running(service)
-        if found and found[1] != service.port:
+        if found and found[1:] != (service.port, service.host):
             raise ValueError(
-                f"the {service.name} already runs on port {found[1]}: `make down` first to move it to {service.port}"
+                f"the {service.name} already runs on port {found[1]} of {found[2]}: `make down` first to move it to "
+                f"{service.port} of {service.host}"
             )
-        if found is None and service.name != "worker" and _listens(service.port):
+        if found is None and service.name != "worker" and _taken(service.host, service.port):
             setting = "PREFECT_PORT" if service.name == "server" else "MLFLOW_PORT"
             raise ValueError(
                 f"port {service.port} is taken by another program; choose another: make up {setting}=<port>"
             )
 
 
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
+def _taken(host: str, port: int) -> bool:
+    """Whether another program has a port; raises ValueError for an address that is none of this machine's."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
-        except OSError:
-            return True
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return True
+            raise ValueError(
+                f"nothing can listen on port {port} of {host!r} ({error.strerror}): give an address of this machine, "
+                f"such as {HOST}, and a port above 1023"
+            ) from error
     return False
+
+
+def _here(host: str) -> str:
+    """How this machine reaches a server that listens on ``host``, as it stands in a URL."""
+    if host in EVERYWHERE:
+        return HOST
+    return f"[{host}]" if ":" in host else host
 
 
 # ------------------------------------------------------------------------------------------ answers

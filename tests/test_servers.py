@@ -4,7 +4,10 @@ import ast
 import re
 from pathlib import Path
 
-from flows.services import HOST, services
+import pytest
+
+from flows.__main__ import main
+from flows.services import HOST, environment_of, services, warning_of
 from tasks.miniature.vlm_server import VlmServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +21,33 @@ def test_prefect_and_mlflow_are_started_on_this_machine_alone() -> None:
     assert "--host" not in worker.command, "it asks, and answers nobody"
 
 
+@pytest.mark.parametrize(
+    ("host", "api"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:4200/api"),
+        ("::", "http://127.0.0.1:4200/api"),
+        ("192.0.2.7", "http://192.0.2.7:4200/api"),
+        ("fd00::7", "http://[fd00::7]:4200/api"),
+    ],
+)
+def test_another_address_is_one_s_own_wish_and_comes_with_a_warning(host: str, api: str) -> None:
+    server, mlflow, _ = services(4200, 5000, 1, host)
+    for service in (server, mlflow):
+        assert service.command[service.command.index("--host") + 1] == host
+    assert environment_of(4200, host)["PREFECT_API_URL"] == api
+    (warning,) = warning_of(host)
+    assert host in warning
+    assert "no login" in warning
+    assert warning_of(HOST) == []
+
+
+def test_an_address_of_another_machine_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--host", "192.0.2.7"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nothing can listen on port 4200 of '192.0.2.7'" in said
+    assert "give an address of this machine" in said
+
+
 def test_the_vlm_server_binds_this_machine_alone() -> None:
     server = VlmServer(reader=None, port=0, model="m")  # type: ignore[arg-type]
     try:
@@ -29,20 +59,22 @@ def test_the_vlm_server_binds_this_machine_alone() -> None:
 
 def test_no_file_names_an_address_that_all_can_reach() -> None:
     anyone = re.compile(r"0\.0\.0\.0|--host[= ]+(?!127\.0\.0\.1)[\"']?[\d*]")
-    files = [
+    files = [  # but flows/services.py, which is told the address and warns
         *(ROOT / "flows").rglob("*.py"),
         *(ROOT / "tasks").rglob("*.py"),
         ROOT / "Makefile",
         ROOT / "prefect.yaml",
     ]
-    assert [file.name for file in files if anyone.search(file.read_text("utf-8"))] == []
+    assert [file.name for file in files if anyone.search(file.read_text("utf-8"))] == ["services.py"]
     bound = [
         node.args[0].elts[0]
         for file in files[:-2]
         for node in ast.walk(ast.parse(file.read_text("utf-8")))
         if isinstance(node, ast.Call)
-        and ast.unparse(node.func).endswith(".bind")
+        and ast.unparse(node.func).endswith((".bind", "create_server"))
         and node.args
         and isinstance(node.args[0], ast.Tuple)
     ]
-    assert {ast.unparse(host) for host in bound} <= {"HOST", "'127.0.0.1'"}
+    assert {ast.unparse(host) for host in bound} == {"HOST", "host"}, (
+        "host: of the probe whether a port is free"
+    )

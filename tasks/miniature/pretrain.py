@@ -29,6 +29,7 @@ from transformers import CLIPTokenizer
 from tasks.miniature import architecture
 from tasks.miniature.cache import Corpus, Settings, attributes_of, indices, load
 from tasks.miniature.captions import ATTRIBUTES, VALUES, caption, parse_caption
+from tasks.miniature.shipped import write_digests
 
 WEIGHTS = Path(__file__).parent / "weights"
 MINUTES = {
@@ -491,6 +492,7 @@ def main() -> None:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     for name in [arguments.only] if arguments.only else TRAIN:
         TRAIN[name](arguments.cache, arguments.minutes or MINUTES[name])
+        write_digests()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Bad input gets one clear sentence that names the value and the remedy, before any compute."""
 
+import io
 import json
+import logging
 import socket
 from pathlib import Path
 
 import pytest
 
 from flows.__main__ import expand, main
+from flows.cli import failures_told_once
 from flows.config import CONFIGS, ConfigError, choices, differences, load_config
 from tasks.datasets.benchmark import build_benchmark
 from tasks.store import Store
@@ -179,6 +182,22 @@ def test_a_run_in_progress_elsewhere_is_refused_as_a_run_not_as_a_wrong_command(
     assert "digits/finetune/seed-0 is already running in another process" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_what_a_flow_fails_with_is_told_once_and_all_else_as_ever() -> None:
+    said = io.StringIO()
+    handler, here = logging.StreamHandler(said), {"send_to_api": False}
+    logging.getLogger().addHandler(handler)
+    try:
+        with failures_told_once():
+            logging.getLogger("prefect.flow_runs").error("Encountered exception during execution", extra=here)
+            logging.getLogger("prefect.task_runs").error("Task run failed", extra=here)
+            logging.getLogger("tasks.store").warning("put there anew")
+            logging.getLogger("prefect.client").error("no answer")
+        logging.getLogger("prefect.flow_runs").error("after it", extra=here)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert said.getvalue().split("\n") == ["put there anew", "no answer", "after it", ""]
 
 
 def test_a_study_of_no_example_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

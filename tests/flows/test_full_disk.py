@@ -1,0 +1,76 @@
+"""A whole experiment whose disk is full at each stage in turn, at sealing, exporting and while MLflow is written.
+
+Each time it ends with a sentence, and with space made the same call goes on; what it ends with equals an undisturbed run.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import flows.session
+from flows.experiment import fscil
+from tasks.disk import DiskError
+from tasks.store import Store
+from tasks.tracking import Tracker
+from tests.conftest import Place
+from tests.crowd import runs_in, twice
+from tests.small_disk import SmallDisk, small_disk
+from tests.storm import leftovers
+
+STAGES = ("regenerate", "train_classifier", "evaluate", "mine_failures", "vlm_compare", "tune_lora")
+PLACES = {
+    "sealing": (Store, "_seal"),
+    "exporting": (flows.session, "export"),
+    "MLflow": (Tracker, "epoch"),
+}
+
+
+def full_at(disk: SmallDisk, moment: str, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Fill the disk when the run first comes to that moment; what to delete then."""
+    ballast: list[Path] = []
+
+    def before(work: Callable[..., object]) -> Callable[..., object]:
+        def filled(*args: object, **kwargs: object) -> object:
+            if not ballast:
+                ballast.append(disk.fill())
+            return work(*args, **kwargs)
+
+        return filled
+
+    if moment in PLACES:
+        owner, name = PLACES[moment]
+        monkeypatch.setattr(owner, name, before(getattr(owner, name)))
+    else:
+        run = Store.run
+
+        def running(self: Store, stage: str, *args: object, compute: object, **rest: object) -> object:
+            return run(self, stage, *args, compute=before(compute) if stage == moment else compute, **rest)
+
+        monkeypatch.setattr(Store, "run", running)
+    return ballast
+
+
+@pytest.mark.slow
+def test_an_experiment_on_a_disk_that_fills_again_and_again_ends_as_if_it_never_had(
+    finished: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_disk(tmp_path / "disk", 256 * 1024) as disk:
+        place = Place(disk.path)
+        for moment in (*STAGES, *PLACES):
+            with monkeypatch.context() as patch:
+                ballast = full_at(disk, moment, patch)
+                with pytest.raises(DiskError, match="disk that is full: make space there") as caught:
+                    fscil("digits", "guided", 0, place.overrides(tracking=True))
+                assert ballast, f"the run never came to {moment}; it ended with {caught.value}"
+            ballast[0].unlink()
+        sealed = {path: path.stat().st_mtime_ns for path in disk.path.glob("state/stages/*/*/record.json")}
+        assert len(sealed) > len(STAGES)
+        fscil("digits", "guided", 0, place.overrides(tracking=True))
+        assert {path: path.stat().st_mtime_ns for path in sealed} == sealed, (
+            "nothing sealed is computed twice"
+        )
+        assert place.files("guided") == finished.files("guided")
+        assert runs_in(place) == runs_in(finished)
+        assert twice(place) == []
+        assert leftovers(place) == []
