@@ -17,6 +17,9 @@ from tasks.whereabouts import with_place
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 ERROR_CHARS = 8000
+SPINS = "5000"
+"""How long a thread of torch waits busily for the others. By default so long that two runs on one machine, whose
+threads wait for some that the other run's keep from working, take thirty times as long; alone it makes no difference."""
 
 console = Console(stderr=True)
 
@@ -50,13 +53,14 @@ def speak_plainly() -> None:
 
 
 def quieten(prefect_level: str = "WARNING") -> None:
-    """Settings that Prefect, diffusers and transformers read when they are imported."""
+    """Settings that Prefect, diffusers, transformers and torch read when they are imported."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", prefect_level)
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     if "prefect" not in sys.modules:
         home = os.environ.setdefault("PREFECT_HOME", str(Path(".fscil/prefect").resolve()))
         Path(home).mkdir(parents=True, exist_ok=True)

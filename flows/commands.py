@@ -2,13 +2,17 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows.cli import EXIT_FAILED, EXIT_USAGE, fail, known_errors
+from flows.cli import EXIT_FAILED, EXIT_USAGE, Terminated, fail, known_errors
 from flows.own_server import prefect_server
+
+POLL_S = 0.2
 
 
 def data(arguments: Sequence[str]) -> int:
@@ -65,15 +69,29 @@ def repro(arguments: Sequence[str]) -> int:
             "PREFECT_API_URL": str(PREFECT_API_URL.value()),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         }
-        process = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *arguments], env=environment)
-        try:
-            return process.wait()
-        except (
-            KeyboardInterrupt
-        ):  # of the terminal, which told DVC and its experiment too; SIGTERM is passed on
-            process.terminate()
-            process.wait()
-            raise
+        command = [sys.executable, "-m", "dvc", "repro", *arguments]
+        process = subprocess.Popen(command, env=environment, process_group=0)  # DVC passes no signal on
+        asked: KeyboardInterrupt | None = None
+        while _lives(process):
+            try:
+                time.sleep(POLL_S)
+            except KeyboardInterrupt as stop:
+                asked = stop
+                os.killpg(process.pid, signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+        if asked is not None:
+            raise asked
+        return process.returncode
+
+
+def _lives(process: subprocess.Popen[bytes]) -> bool:
+    """Whether anything of a process's group still does, which the server is then kept up for."""
+    if process.poll() is None:
+        return True
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def profile(arguments: Sequence[str]) -> int:

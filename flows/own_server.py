@@ -24,6 +24,8 @@ from tasks.secrets import credentials_in
 
 HOST = "127.0.0.1"
 START_S, STOP_S, LOGS_S = 180, 5, 5
+HEARTBEATS = "flows.heartbeat_frequency"
+"""Each flow that sends them waits up to a second at its end; deployments, which a worker starts, send them."""
 
 
 class ServerError(OSError):
@@ -45,8 +47,9 @@ def prefect_server() -> Iterator[None]:
     from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
 
     url = prefect_url()
+    quick = temporary_settings(set_defaults={HEARTBEATS: None})
     if url and _listens(url):
-        with failures_told_once(), told_if_lost(url, known_errors):
+        with quick, failures_told_once(), told_if_lost(url, known_errors):
             yield
         return
     if url and os.environ.get("PREFECT_API_URL"):
@@ -62,7 +65,7 @@ def prefect_server() -> Iterator[None]:
             process, address = _start(settings, said)
         try:
             with (
-                temporary_settings({PREFECT_API_URL: f"{address}/api"}),
+                temporary_settings({PREFECT_API_URL: f"{address}/api"}, {HEARTBEATS: None}),
                 failures_told_once(),
                 told_if_lost(address, known_errors),
             ):

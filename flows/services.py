@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from flows.cli import SPINS
+
 PROJECT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 EVERYWHERE = ("0.0.0.0", "::")
@@ -154,6 +156,7 @@ def environment_of(prefect_port: int, host: str = HOST) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_SERVER_")}
     return kept | {
         "DO_NOT_TRACK": "true",
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPINS),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PREFECT_API_URL": f"http://{_here(host)}:{prefect_port}/api",

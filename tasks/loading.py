@@ -6,6 +6,7 @@ Heavy objects are built once per process and reused by every stage and session.
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -141,17 +142,27 @@ def backbone_digest(backbone: BackboneSettings) -> Digest:
     return pretrained_digest(backbone)
 
 
-@lru_cache(maxsize=1)
-def _generator(settings: GeneratorSettings, device: str) -> StableDiffusion:
-    return StableDiffusion.from_settings(settings, torch.device(device))
+_generators: dict[tuple[GeneratorSettings, str, int], StableDiffusion] = {}
+_loading = Lock()
+
+
+def _generator(settings: GeneratorSettings, device: str, hand: int) -> StableDiffusion:
+    with _loading:
+        for other in [key for key in _generators if key[:2] != (settings, device)]:
+            del _generators[other]  # one kind at a time: it may be large
+        if (settings, device, hand) not in _generators:
+            _generators[settings, device, hand] = StableDiffusion.from_settings(
+                settings, torch.device(device)
+            )
+        return _generators[settings, device, hand]
 
 
 def generator_for(
-    context: EpochContext, settings: GeneratorSettings, adapter: ArtifactRef | None
+    context: EpochContext, settings: GeneratorSettings, adapter: ArtifactRef | None, hand: int = 0
 ) -> StableDiffusion:
-    """The generator with an adapter attached, or with none."""
+    """The generator with an adapter attached, or with none; threads that work at the same time each have a hand."""
     context.runtime.apply()
-    generator = _generator(settings, str(context.runtime.torch_device))
+    generator = _generator(settings, str(context.runtime.torch_device), hand)
     generator.use_adapter(context.store.locate(adapter) if adapter else None)
     return generator
 
@@ -165,11 +176,11 @@ def generator_digest(settings: DrawerSettings) -> Digest:
 
 
 def drawer_for(
-    context: EpochContext, settings: DrawerSettings, adapter: ArtifactRef | None
+    context: EpochContext, settings: DrawerSettings, adapter: ArtifactRef | None, hand: int = 0
 ) -> StableDiffusion | ImagesApi:
     """What draws the set: the generator, or a provider behind the state's images and the run's account."""
     if isinstance(settings, GeneratorSettings):
-        return generator_for(context, settings, adapter)
+        return generator_for(context, settings, adapter, hand)
     state = context.runtime.state
     paid = state / "runs" / context.run / "images-paid.jsonl"
     return ImagesApi(settings, cache=state / "images_api", ledger=paid)

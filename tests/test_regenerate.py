@@ -61,7 +61,13 @@ class Place:
         write_json(root / "stages" / "before" / "0" / "session.json", session)
 
     def config(self, *overrides: str) -> ExperimentConfig:
-        fixed = ["generator.batch=4", f"generator.size={SIZE}", "augmenter.min_per_class=1", *overrides]
+        fixed = [
+            "generator.batch=4",
+            f"generator.size={SIZE}",
+            "augmenter.min_per_class=1",
+            "runtime.threads=1",
+            *overrides,
+        ]
         return load_config([f"runtime.state={self.root}", "method=fixed_sd", *fixed])
 
     def draw(self, fake: Fake, *overrides: str) -> tuple[AugmentationSet, list[AugmentedImage], Path]:

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,26 +16,37 @@ import yaml
 from flows.config import ConfigError, load_config
 from flows.reproduce import choose_profile, read_profile, settings_read, write_settings
 from tasks.store import digest_of
-from tests.conftest import QUICK, ROOT
+from tests.conftest import QUICK, ROOT, Place
+from tests.storm import processes
 
 METHODS = ("finetune", "fixed_sd")
 
 
 def run(place: Path, *command: str, fails: bool = False) -> str:
     """What a command prints, run in a clone with this environment's programs and no Prefect of its own."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_API", "PYTHONPATH"))}
-    environment |= {
+    done = subprocess.run(
+        command,
+        cwd=place,
+        capture_output=True,
+        text=True,
+        env=environment_of(place),
+        check=False,
+        timeout=900,
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def environment_of(place: Path) -> dict[str, str]:
+    """Of a command in a clone."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_API", "PYTHONPATH"))}
+    return kept | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PREFECT_HOME": str(place / ".fscil" / "prefect"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PYTHONDONTWRITEBYTECODE": "1",
         "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@t", "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@t",
     }  # fmt: skip
-    done = subprocess.run(
-        command, cwd=place, capture_output=True, text=True, env=environment, check=False, timeout=900
-    )
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 def set_params(place: Path, **changes: object) -> None:
@@ -141,6 +154,32 @@ def test_pushed_here_restored_and_replayed_in_a_second_clone(reproduced: Path, t
     assert "no run was kept" in run(
         second, "python", "-m", "flows", "restore", "digits/guided/seed-0", fails=True
     )
+
+
+@pytest.mark.slow
+def test_a_reproduction_that_is_stopped_leaves_no_process_and_goes_on(reproduced: Path) -> None:
+    set_params(reproduced, seeds=[0, 7])
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        for left in reproduced.glob(".fscil/stages/*/*.partial"):
+            shutil.rmtree(left)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows", "repro"],
+            cwd=reproduced,
+            env=environment_of(reproduced),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        while not list(reproduced.glob(".fscil/stages/*/*.partial")):
+            assert process.poll() is None, "it ended before it worked on anything"
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(60) == code
+        assert processes(Place(reproduced)) == []
+    said = ran(run(reproduced, sys.executable, "-m", "flows", "repro"))
+    assert f"experiment@digits-{METHODS[-1]}-7" in said
+    set_params(reproduced, seeds=[0])
+    assert set(ran(run(reproduced, "dvc", "repro"))) <= {"settings", "tables"}
 
 
 def test_what_no_run_names_is_shown_before_it_goes(reproduced: Path) -> None:

@@ -1,0 +1,114 @@
+"""Shards that threads draw side by side are, bit for bit, those that one thread draws one after another."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from flows.config import load_config
+from tasks.collapse import CollapseError
+from tasks.context import EpochContext
+from tasks.diffusion import adapters
+from tasks.diffusion.generator import StableDiffusion
+from tasks.loading import generator_for
+from tasks.records import ArtifactRef, Digest, LoopState
+from tasks.shards import Drawn, Order, Shard, draw_shards
+from tasks.store import digest_of
+
+BATCH = 4
+WORDS = ("one", "two", "three", "a red seven", "a handwritten four", "five", "the digit nine")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def order_at(root: Path, threads: int | None, adapter: ArtifactRef | None = None, *more: str) -> Order:
+    where = [f"runtime.state={root}", f"runtime.threads={'null' if threads is None else threads}"]
+    config = load_config(
+        ["dataset=digits", "method=guided", "generator.steps=5", f"generator.batch={BATCH}", *where, *more]
+    )
+    context = EpochContext(
+        run="r", seed=0, session=0, epoch=0,
+        session_ref=ArtifactRef(path="before/0/session.json", digest=Digest("d"), kind="session"),
+        start=LoopState(), class_names=("one",), n_base=1, dataset=config.dataset, runtime=config.runtime,
+    )  # fmt: skip
+    return Order(context=context, generator=config.generator, adapter=adapter)
+
+
+def shards(count: int) -> list[Shard]:
+    """Enough for a prediction to be recorded; the last is smaller than a batch."""
+    numbers = list(range(count * BATCH - 1))
+    return [
+        Shard(
+            start=start,
+            prompts=tuple(WORDS[n % len(WORDS)] for n in numbers[start : start + BATCH]),
+            seeds=tuple(numbers[start : start + BATCH]),
+            batch=BATCH,
+        )
+        for start in range(0, len(numbers), BATCH)
+    ]
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> ArtifactRef:
+    """An adapter that shows in every image."""
+    folder = tmp_path / "stages" / "tune_lora" / "0" / "adapter"
+    folder.mkdir(parents=True)
+    order = order_at(tmp_path, 1)
+    model = generator_for(order.context, order.generator, None)
+    torch.manual_seed(0)
+    for parameter in model.begin_tuning(4, 4, 0):
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    adapters.save(model.unet, folder)
+    return ArtifactRef(path="tune_lora/0/adapter", digest=digest_of(folder), kind="adapter")
+
+
+def test_bit_for_bit_with_and_without_an_adapter(tmp_path: Path, adapter: ArtifactRef) -> None:
+    work = shards(31)
+    for used in (None, adapter):
+        one = list(draw_shards(order_at(tmp_path, 1, used), work))
+        assert list(draw_shards(order_at(tmp_path, 3, used), work)) == one
+        assert [drawn.start for drawn in one] == [shard.start for shard in work]
+    assert list(draw_shards(order_at(tmp_path, 3), work)) != one, (
+        "the adapter changes images, and does not stay"
+    )
+
+
+def test_each_thread_has_a_generator_of_its_own_and_one_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(2)
+    seen: set[tuple[int, int]] = set()
+    draw = StableDiffusion.draw
+
+    def watched(self: StableDiffusion, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        seen.add((id(self), torch.get_num_threads()))
+        return draw(self, prompts, seeds)
+
+    monkeypatch.setattr(StableDiffusion, "draw", watched)
+    list(draw_shards(order_at(tmp_path, None), shards(6)))
+    assert len(seen) == 2
+    assert {threads for _, threads in seen} == {1}
+    assert torch.get_num_threads() == 2, "what comes after has all of them again"
+    seen.clear()
+    list(draw_shards(order_at(tmp_path, None, None, "generator.size=256"), shards(1)))
+    assert {threads for _, threads in seen} == {2}, "the operations of a large image are shared"
+
+
+def test_the_first_shard_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def broken(self: StableDiffusion, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        calls.append(seeds[0])
+        return torch.full((len(prompts), 3, 32, 32), torch.nan if seeds[0] == 2 * BATCH else 0.5)
+
+    monkeypatch.setattr(StableDiffusion, "draw", broken)
+    found: list[Drawn] = []
+    with pytest.raises(CollapseError):
+        found.extend(draw_shards(order_at(tmp_path, 2), shards(200)))
+    assert len(calls) < 100
