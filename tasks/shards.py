@@ -3,8 +3,8 @@
 A shard is one batch of the generator. So its shape and the seeds are the same wherever it is drawn, and with them
 every bit of its images. What comes back are the images' files; who asked seals them.
 
-On a processor the operations of a small generator are too short to be shared between threads. There each thread
-draws shards of its own, on one core, with a copy of the generator: a third less time on two cores.
+On a processor the operations of a small generator are too short to be shared between threads. There one thread
+draws a shard, however many there are, and each draws shards of its own with a copy of the generator.
 """
 
 import tempfile
@@ -27,7 +27,10 @@ from tasks.loading import DrawerSettings, drawer_for, generator_digest
 from tasks.records import ArtifactRef, Digest, Frozen
 
 SMALL = 128
-"""Side in pixels up to which threads draw shards of their own."""
+"""Side in pixels up to which one thread draws a shard."""
+
+COPIES = 16
+"""Of the generator at most; each needs its memory."""
 
 
 class Shard(Frozen):
@@ -89,27 +92,29 @@ def draw_shards(order: Order, shards: Sequence[Shard]) -> Generator[Drawn, None,
     if elsewhere is not None and isinstance(order.generator, GeneratorSettings):
         yield from elsewhere(order, shards)
         return
-    hands = min(_hands(order), len(shards))
-    if hands > 1:
-        yield from _side_by_side(order, shards, hands)
+    if _by_one_thread(order):
+        yield from _side_by_side(order, shards)
         return
     for shard in shards:
         yield draw_shard(order, shard)
 
 
-def _hands(order: Order) -> int:
-    """How many shards are best drawn at the same time in this process."""
-    runtime, generator = order.context.runtime, order.generator
+def _by_one_thread(order: Order) -> bool:
+    """Whether a shard's operations are too short to be shared."""
+    generator, device = order.generator, order.context.runtime.torch_device
     small = isinstance(generator, GeneratorSettings) and generator.size <= SMALL and not generator.compile
-    if not small or runtime.torch_device.type != "cpu":
-        return 1
-    return runtime.threads or torch.get_num_threads()
+    return small and device.type == "cpu"
 
 
-def _side_by_side(order: Order, shards: Sequence[Shard], hands: int) -> Generator[Drawn, None, None]:
-    """Each shard on one core, with one of as many generators; the first that fails ends all."""
-    runtime, threads = order.context.runtime, torch.get_num_threads()
-    one = order.context.model_copy(update={"runtime": runtime.model_copy(update={"threads": 1})})
+def _with_threads(order: Order, threads: int) -> Order:
+    runtime = order.context.runtime.model_copy(update={"threads": threads})
+    return order.model_copy(update={"context": order.context.model_copy(update={"runtime": runtime})})
+
+
+def _side_by_side(order: Order, shards: Sequence[Shard]) -> Generator[Drawn, None, None]:
+    """As many shards at a time as there are threads, up to a limit; the first that fails ends all."""
+    threads = torch.get_num_threads()
+    hands = min(order.context.runtime.threads or threads, max(1, len(shards)), COPIES)
     free: SimpleQueue[int] = SimpleQueue()
     for hand in range(hands):
         free.put(hand)
@@ -117,7 +122,7 @@ def _side_by_side(order: Order, shards: Sequence[Shard], hands: int) -> Generato
     def drawn(shard: Shard) -> Drawn:
         hand = free.get()
         try:
-            return draw_shard(order.model_copy(update={"context": one}), shard, hand)
+            return draw_shard(_with_threads(order, 1), shard, hand)
         finally:
             free.put(hand)
 
@@ -152,14 +157,12 @@ def draw_shard(order: Order, shard: Shard, hand: int = 0) -> Drawn:
 
 
 def packed(order: Order) -> Parcel:
-    """The order with its adapter's files, the digest of the weights, and this process's number of threads."""
+    """The order with its adapter's files, the digest of the weights, and the number of threads of this process."""
     folder = order.context.store.locate(order.adapter) if order.adapter else None
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder else {}
-    runtime = order.context.runtime
-    threads = runtime.threads or torch.get_num_threads()
-    context = order.context.model_copy(update={"runtime": runtime.model_copy(update={"threads": threads})})
+    threads = 1 if _by_one_thread(order) else order.context.runtime.threads or torch.get_num_threads()
     return Parcel(
-        order=order.model_copy(update={"context": context}),
+        order=_with_threads(order, threads),
         weights=generator_digest(order.generator),
         adapter_files=files,
     )

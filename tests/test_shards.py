@@ -73,6 +73,7 @@ def test_bit_for_bit_with_and_without_an_adapter(tmp_path: Path, adapter: Artifa
     for used in (None, adapter):
         one = list(draw_shards(order_at(tmp_path, 1, used), work))
         assert list(draw_shards(order_at(tmp_path, 3, used), work)) == one
+        assert list(draw_shards(order_at(tmp_path, 3, used), work[7:8])) == one[7:8], "one that a kill left"
         assert [drawn.start for drawn in one] == [shard.start for shard in work]
     assert list(draw_shards(order_at(tmp_path, 3), work)) != one, (
         "the adapter changes images, and does not stay"

@@ -11,7 +11,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from flows.config import load_config
+from tasks.context import EpochContext
 from tasks.diffusion.generator import GeneratorSettings, StableDiffusion
+from tasks.records import ArtifactRef, Digest, LoopState
+from tasks.shards import Order, Shard, draw_shard, draw_shards
 from tests.benchmarks.measuring import Plan, Row, at_least
 
 LOOPED = 4
@@ -43,6 +46,36 @@ def rows(plan: Plan) -> Iterator[Row]:
     yield at_least("- StableDiffusionPipeline, prompt by prompt", looped, image["looped"] / image["ours"], 5)
     batched = f"{1 / image['batched']:.1f} images/s"
     yield at_least("- StableDiffusionPipeline, the same batch", batched, image["batched"] / image["ours"], 1)
+    threads = torch.get_num_threads()
+    if plan.device.type == "cpu" and threads > 1:
+        order = _order()
+        shards = [
+            Shard(start=i * n, prompts=tuple(prompts), seeds=tuple(seeds), batch=n) for i in range(threads)
+        ]
+        best = plan.race(
+            {
+                "beside": lambda: list(draw_shards(order, shards)),
+                "after": lambda: [draw_shard(order, shard) for shard in shards],
+            }
+        )
+        speed = f"{threads * n / best['beside']:.1f} images/s"
+        yield at_least(
+            f"- {threads} batches side by side, against one after another",
+            speed,
+            best["after"] / best["beside"],
+            1,
+        )
+
+
+def _order() -> Order:
+    """The miniature's, without an adapter."""
+    config = load_config(["dataset=digits", "method=fixed_sd"])
+    context = EpochContext(
+        run="bench", seed=0, session=0, epoch=0,
+        session_ref=ArtifactRef(path="none/0/session.json", digest=Digest("none"), kind="session"),
+        start=LoopState(), class_names=("one",), n_base=1, dataset=config.dataset, runtime=config.runtime,
+    )  # fmt: skip
+    return Order(context=context, generator=config.generator, adapter=None)
 
 
 def _pipeline(generator: StableDiffusion) -> StableDiffusionPipeline:
