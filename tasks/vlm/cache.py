@@ -8,9 +8,10 @@ file counts as missing and is asked for again.
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tasks.vlm.claims import ask_once
 from tasks.vlm.client import ChatClient, Exchange, OnReply, Reply, Request, Sampling, request_key
 
 log = logging.getLogger("fscil.vlm")
@@ -34,28 +35,34 @@ class CachedClient(ChatClient):
         self._client.check()
 
     def complete_all(self, requests: Sequence[Request], on_reply: OnReply | None = None) -> list[Reply]:
-        """See :meth:`ChatClient.complete_all`; equal requests are asked once."""
-        waiting: dict[str, list[int]] = {}
-        replies: dict[int, Reply] = {}
+        """See :meth:`ChatClient.complete_all`; equal requests are asked once, whichever run asks them."""
+        places: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            key = request_key(request, self.sampling)
-            if (known := self._read(key)) is None:
-                waiting.setdefault(key, []).append(index)
-                continue
-            replies[index] = known
-            if on_reply:
-                on_reply(index, known)
-        asked = list(waiting.values())
+            places.setdefault(request_key(request, self.sampling), []).append(index)
+        replies: dict[int, Reply] = {}
 
-        def keep(position: int, reply: Reply) -> None:
-            self._write(Exchange.of(requests[asked[position][0]], self.sampling, reply))
-            for index in asked[position]:
+        def told(key: str, reply: Reply) -> None:
+            for index in places[key]:
                 replies[index] = reply
                 if on_reply:
                     on_reply(index, reply)
 
-        if asked:
-            self._client.complete_all([requests[indices[0]] for indices in asked], keep)
+        def known(key: str) -> bool:
+            if (reply := self._read(key)) is None:
+                return False
+            told(key, reply)
+            return True
+
+        def ask(keys: Sequence[str], kept: Callable[[str], None]) -> None:
+            def keep(position: int, reply: Reply) -> None:
+                self._write(Exchange.of(requests[places[keys[position]][0]], self.sampling, reply))
+                kept(keys[position])
+                told(keys[position], reply)
+
+            self._client.complete_all([requests[places[key][0]] for key in keys], keep)
+
+        if missing := [key for key in places if not known(key)]:
+            ask_once(self._folder, missing, known, ask)
         return [replies[index] for index in range(len(requests))]
 
     def _path(self, key: str) -> Path:

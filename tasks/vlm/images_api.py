@@ -22,6 +22,7 @@ from torch import Tensor
 from tasks.images import Format, load_images, refuse_unreadable
 from tasks.records import Digest, Usage
 from tasks.store import write_atomic
+from tasks.vlm.claims import ask_once
 from tasks.vlm.endpoint import Call, Connection, Endpoint, served_models
 from tasks.vlm.failures import BrokenReplyError
 from tasks.vlm.pacing import Backoff
@@ -146,12 +147,20 @@ class ImagesApi:
             BudgetError: the budget is used up; all that was drawn is kept.
         """
         keys = [self._key(*one) for one in zip(prompts, seeds, strict=True)]
-        missing = {k: p for k, p in zip(keys, prompts, strict=True) if not self._file(k, ".json").is_file()}
-        wanted = list(missing)
-        self._endpoint.answer_all(
-            [self._call(prompt) for prompt in missing.values()],
-            lambda index, drawn: self._keep(wanted[index], drawn),
-        )
+        prompt_of = dict(zip(keys, prompts, strict=True))
+
+        def known(key: str) -> bool:
+            return self._file(key, ".json").is_file()
+
+        def ask(wanted: Sequence[str], kept: Callable[[str], None]) -> None:
+            def keep(index: int, drawn: Drawn) -> None:
+                self._keep(wanted[index], drawn)
+                kept(wanted[index])
+
+            self._endpoint.answer_all([self._call(prompt_of[key]) for key in wanted], keep)
+
+        if missing := [key for key in prompt_of if not known(key)]:
+            ask_once(self._cache, missing, known, ask)
         return load_images([self._file(key, ".image") for key in keys], self.settings.size)
 
     def usage_of(self, prompts: Sequence[str], seeds: Sequence[int]) -> Usage:

@@ -174,7 +174,7 @@ def test_a_damaged_transcript_is_refused(tmp_path: Path, damage: str) -> None:
 def test_nothing_stored_holds_an_image(tmp_path: Path) -> None:
     result = judge(CachedClient(FakeVlm(NAMES), tmp_path / "vlm"))
     write_transcript(tmp_path / "transcript.jsonl", result.exchanges)
-    stored = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    stored = [path.read_text() for path in tmp_path.rglob("*.json*")]
     assert len(stored) == 1 + len(result.exchanges)
     assert not any("base64" in text or "data:" in text for text in stored)
     assert any(f'{{"image":"{digest}"}}' in stored[-1] or digest in "".join(stored) for digest in NAMES)
