@@ -6,7 +6,6 @@ Heavy objects are built once per process and reused by every stage and session.
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Literal
 
 import torch
@@ -31,6 +30,7 @@ from tasks.vlm.transformers_client import model_digest
 MINIATURE_CAPTIONER = Path(__file__).resolve().parent / "miniature" / "weights" / "captioner"
 
 DrawerSettings = GeneratorSettings | ImagesApiSettings
+Drawer = StableDiffusion | ImagesApi
 """Of what draws a set: a generator here, or a provider's model."""
 
 
@@ -143,24 +143,20 @@ def backbone_digest(backbone: BackboneSettings) -> Digest:
 
 
 _generators: dict[tuple[GeneratorSettings, str, int], StableDiffusion] = {}
-_loading = Lock()
 
 
 def _generator(settings: GeneratorSettings, device: str, hand: int) -> StableDiffusion:
-    with _loading:
-        for other in [key for key in _generators if key[:2] != (settings, device)]:
-            del _generators[other]  # one kind at a time: it may be large
-        if (settings, device, hand) not in _generators:
-            _generators[settings, device, hand] = StableDiffusion.from_settings(
-                settings, torch.device(device)
-            )
-        return _generators[settings, device, hand]
+    for other in [key for key in _generators if key[:2] != (settings, device)]:
+        del _generators[other]  # one kind at a time: it may be large
+    if (settings, device, hand) not in _generators:
+        _generators[settings, device, hand] = StableDiffusion.from_settings(settings, torch.device(device))
+    return _generators[settings, device, hand]
 
 
 def generator_for(
     context: EpochContext, settings: GeneratorSettings, adapter: ArtifactRef | None, hand: int = 0
 ) -> StableDiffusion:
-    """The generator with an adapter attached, or with none; threads that work at the same time each have a hand."""
+    """The generator with an adapter attached, or with none; of several that work at the same time each is a hand's."""
     context.runtime.apply()
     generator = _generator(settings, str(context.runtime.torch_device), hand)
     generator.use_adapter(context.store.locate(adapter) if adapter else None)
@@ -177,7 +173,7 @@ def generator_digest(settings: DrawerSettings) -> Digest:
 
 def drawer_for(
     context: EpochContext, settings: DrawerSettings, adapter: ArtifactRef | None, hand: int = 0
-) -> StableDiffusion | ImagesApi:
+) -> Drawer:
     """What draws the set: the generator, or a provider behind the state's images and the run's account."""
     if isinstance(settings, GeneratorSettings):
         return generator_for(context, settings, adapter, hand)

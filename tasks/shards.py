@@ -23,7 +23,7 @@ from tasks.collapse import refuse_nan
 from tasks.context import EpochContext
 from tasks.diffusion.generator import GeneratorSettings
 from tasks.images import encoded
-from tasks.loading import DrawerSettings, drawer_for, generator_digest
+from tasks.loading import Drawer, DrawerSettings, drawer_for, generator_digest
 from tasks.records import ArtifactRef, Digest, Frozen
 
 SMALL = 128
@@ -115,18 +115,20 @@ def _side_by_side(order: Order, shards: Sequence[Shard]) -> Generator[Drawn, Non
     """As many shards at a time as there are threads, up to a limit; the first that fails ends all."""
     threads = torch.get_num_threads()
     hands = min(order.context.runtime.threads or threads, max(1, len(shards)), COPIES)
-    free: SimpleQueue[int] = SimpleQueue()
-    for hand in range(hands):
-        free.put(hand)
+    alone, free = _with_threads(order, 1).context, SimpleQueue[Drawer]()
+    for hand in range(
+        hands
+    ):  # none is loaded while another one draws: that changes what modules do everywhere
+        free.put(drawer_for(alone, order.generator, order.adapter, hand))
 
     def drawn(shard: Shard) -> Drawn:
-        hand = free.get()
+        drawer = free.get()
         try:
-            return draw_shard(_with_threads(order, 1), shard, hand)
+            return _drawn(drawer, order.generator, shard)
         finally:
-            free.put(hand)
+            free.put(drawer)
 
-    pool = ThreadPoolExecutor(hands, thread_name_prefix="drawing")
+    pool = ThreadPoolExecutor(hands, "drawing", initializer=lambda: torch.set_num_threads(1))
     try:
         yield from pool.map(drawn, shards)
     finally:
@@ -134,22 +136,20 @@ def _side_by_side(order: Order, shards: Sequence[Shard]) -> Generator[Drawn, Non
         torch.set_num_threads(threads)
 
 
-def draw_shard(order: Order, shard: Shard, hand: int = 0) -> Drawn:
+def draw_shard(order: Order, shard: Shard) -> Drawn:
     """Draw one shard in this thread.
-
-    Args:
-        order: what draws it.
-        shard: what is drawn.
-        hand: which of the generators; no two threads use one at the same time.
 
     Raises:
         CollapseError: an image is not finite.
     """
-    drawer = drawer_for(order.context, order.generator, order.adapter, hand)
+    return _drawn(drawer_for(order.context, order.generator, order.adapter), order.generator, shard)
+
+
+def _drawn(drawer: Drawer, settings: DrawerSettings, shard: Shard) -> Drawn:
     drawer.batch = min(drawer.batch, shard.batch)
     images = drawer.draw(list(shard.prompts), list(shard.seeds))
     refuse_nan(images, shard.prompts)
-    files = tuple(encoded(image, f".{order.generator.format}") for image in images)
+    files = tuple(encoded(image, f".{settings.format}") for image in images)
     return Drawn(start=shard.start, batch=drawer.batch, files=files)
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from flows.config import load_config
+from tasks import loading
 from tasks.collapse import CollapseError
 from tasks.context import EpochContext
 from tasks.diffusion import adapters
-from tasks.diffusion.generator import StableDiffusion
+from tasks.diffusion.generator import GeneratorSettings, StableDiffusion
 from tasks.loading import generator_for
 from tasks.records import ArtifactRef, Digest, LoopState
 from tasks.shards import Drawn, Order, Shard, draw_shards
@@ -71,7 +72,9 @@ def adapter(tmp_path: Path) -> ArtifactRef:
 def test_bit_for_bit_with_and_without_an_adapter(tmp_path: Path, adapter: ArtifactRef) -> None:
     work = shards(31)
     for used in (None, adapter):
+        loading._generators.clear()
         one = list(draw_shards(order_at(tmp_path, 1, used), work))
+        loading._generators.clear()
         assert list(draw_shards(order_at(tmp_path, 3, used), work)) == one
         assert list(draw_shards(order_at(tmp_path, 3, used), work[7:8])) == one[7:8], "one that a kill left"
         assert [drawn.start for drawn in one] == [shard.start for shard in work]
@@ -99,6 +102,33 @@ def test_each_thread_has_a_generator_of_its_own_and_one_core(
     seen.clear()
     list(draw_shards(order_at(tmp_path, None, None, "generator.size=256"), shards(1)))
     assert {threads for _, threads in seen} == {2}, "the operations of a large image are shared"
+
+
+def test_no_generator_is_loaded_while_another_one_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading one makes new parameters of all modules in the process meta tensors for a while."""
+    drawing: list[int] = []
+    made: list[int] = []
+    draw, load = StableDiffusion.draw, StableDiffusion.from_settings
+
+    def watched(self: StableDiffusion, prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        drawing.append(seeds[0])
+        try:
+            return draw(self, prompts, seeds)
+        finally:
+            drawing.remove(seeds[0])
+
+    def alone(settings: GeneratorSettings, device: torch.device) -> StableDiffusion:
+        assert drawing == []
+        made.append(1)
+        return load(settings, device)
+
+    monkeypatch.setattr(StableDiffusion, "draw", watched)
+    monkeypatch.setattr(StableDiffusion, "from_settings", alone)
+    loading._generators.clear()
+    assert len(list(draw_shards(order_at(tmp_path, 3), shards(6)))) == 6
+    assert len(made) == 3
 
 
 def test_the_first_shard_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 import torch
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 OFTEN = 60
 """Predictions of one shape after which it is recorded; making a recording takes as long as it saves in so many."""
+
+_tracing = Lock()
 
 Recording: TypeAlias = Callable[..., Tensor]
 Shape: TypeAlias = tuple[torch.Size, torch.Size, torch.Size]
@@ -129,7 +132,7 @@ def _given(layers: Sequence[nn.Module], values: Sequence[Tensor]) -> Iterator[No
 def _recorded(
     unet: "UNet2DConditionModel", x: Tensor, timestep: Tensor, context: Tensor, given: Sequence[Tensor]
 ) -> Recording:
-    with warnings.catch_warnings():
+    with _tracing, warnings.catch_warnings():  # torch keeps names of what it traces for the whole process
         # shapes become constants, as they should: each shape has a recording of its own
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", FutureWarning)  # torch advises its compilers, which take minutes
