@@ -58,7 +58,7 @@ report: $(STAMP) ## tables, plot data and the report page from runs/ into report
 
 .PHONY: repro
 repro: $(STAMP) ## every table from what changed: dvc repro in the virtual environment
-	@$(BIN)/fscil repro
+	@PATH="$(abspath $(BIN)):$$PATH" dvc repro
 
 .PHONY: profile
 profile: $(STAMP) ## what dvc repro runs: make profile PROFILE=miniature (or paper)

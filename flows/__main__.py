@@ -11,7 +11,6 @@
     fscil windows [generator=... windows=... any Hydra override ...]     which denoising step settles what
     fscil learners                                                       what each learner is, as Markdown (docs/learners.md)
     fscil profile <name>                                                 what `dvc repro` runs: miniature or paper
-    fscil repro [what `dvc repro` takes]                                 `dvc repro`, quicker: one Prefect server for all
     fscil data | settings | cell ...                                     the stages of dvc.yaml
     fscil restore <run | path | digest> [--to folder]                    bring back what DVC keeps of a run
     fscil track [run ...] [tracking.uri=...]                             write MLflow again from the records
@@ -44,7 +43,7 @@ from flows.cli import (
     speak_plainly,
     terminable,
 )
-from flows.commands import cell, data, gc, profile, repro, restore, settings, track
+from flows.commands import cell, data, gc, profile, restore, settings, track
 from flows.own_server import prefect_server, prefect_url
 
 SWEPT = ("dataset", "method", "seed")
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {"replay": _replay, "trace": _trace, "report": _report, "study": _study, "windows": _windows}
     commands |= {"learners": _learners, "up": _up, "down": _down}
     commands |= {"data": data, "settings": settings, "cell": cell, "profile": profile}
-    commands |= {"repro": repro, "restore": restore, "gc": gc, "track": track}
+    commands |= {"restore": restore, "gc": gc, "track": track}
     try:
         with terminable():
             return commands[arguments[0]](arguments[1:]) if arguments[0] in commands else _run(arguments)

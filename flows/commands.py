@@ -1,18 +1,12 @@
 """The commands beside running an experiment: DVC's stages, bringing back what was kept, deleting what nothing names."""
 
 import argparse
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from flows.cli import EXIT_FAILED, EXIT_USAGE, Terminated, fail, known_errors
+from flows.cli import EXIT_FAILED, EXIT_USAGE, fail, known_errors
 from flows.own_server import prefect_server
-
-POLL_S = 0.2
+from flows.warm import run_warm
 
 
 def data(arguments: Sequence[str]) -> int:
@@ -42,6 +36,8 @@ def settings(arguments: Sequence[str]) -> int:
 
 def cell(arguments: Sequence[str]) -> int:
     """``fscil cell <dataset> <method> <seed>``: one experiment of the profile."""
+    if (code := run_warm(["cell", *arguments])) is not None:
+        return code
     parser = argparse.ArgumentParser("fscil cell", description="Run one experiment of params.yaml.")
     parser.add_argument("dataset", help="a name in configs/dataset")
     parser.add_argument("method", help="a name in configs/method")
@@ -58,40 +54,6 @@ def cell(arguments: Sequence[str]) -> int:
     except known_errors() as error:
         return fail(error, EXIT_FAILED)
     return 0
-
-
-def repro(arguments: Sequence[str]) -> int:
-    """``fscil repro [what dvc repro takes]``: `dvc repro` under one Prefect server, which all its experiments share."""
-    from prefect.settings import PREFECT_API_URL
-
-    with prefect_server():
-        environment = os.environ | {
-            "PREFECT_API_URL": str(PREFECT_API_URL.value()),
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-        }
-        command = [sys.executable, "-m", "dvc", "repro", *arguments]
-        process = subprocess.Popen(command, env=environment, process_group=0)  # DVC passes no signal on
-        asked: KeyboardInterrupt | None = None
-        while _lives(process):
-            try:
-                time.sleep(POLL_S)
-            except KeyboardInterrupt as stop:
-                asked = stop
-                os.killpg(process.pid, signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
-        if asked is not None:
-            raise asked
-        return process.returncode
-
-
-def _lives(process: subprocess.Popen[bytes]) -> bool:
-    """Whether anything of a process's group still does, which the server is then kept up for."""
-    if process.poll() is None:
-        return True
-    try:
-        os.killpg(process.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def profile(arguments: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import IO
 from urllib.parse import urlsplit
 
@@ -73,6 +73,20 @@ def prefect_server() -> Iterator[None]:
         finally:
             APILogWorker.drain_all(timeout=LOGS_S)  # what is not sent by now has nowhere to go
             _stop(process)
+
+
+def keep_server(stack: ExitStack) -> None:
+    """Run a server for as long as this process and those that it forks live, where none listens already."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
+
+    if (url := prefect_url()) and _listens(url):
+        return
+    said = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+    with temporary_settings({PREFECT_API_URL: None}):
+        settings = get_current_settings().to_environment_variables(exclude_unset=True)
+        with FileLock(PREFECT_HOME.value() / "starting.lock"):
+            _, address = _start(settings, said)
+    stack.enter_context(temporary_settings({PREFECT_API_URL: f"{address}/api"}))
 
 
 def prefect_url() -> str | None:

@@ -82,8 +82,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reproduced(clone: Path) -> Path:
-    """The clone after its first `dvc repro`, by the command of `make repro`, which wrote every row."""
-    said = ran(run(clone, sys.executable, "-m", "flows", "repro"))
+    """The clone after its first `dvc repro`, which wrote every row."""
+    said = ran(run(clone, "dvc", "repro"))
     assert sorted(said) == sorted(["settings", *(f"experiment@digits-{m}-0" for m in METHODS), "tables"])
     return clone
 
@@ -156,30 +156,47 @@ def test_pushed_here_restored_and_replayed_in_a_second_clone(reproduced: Path, t
     )
 
 
-@pytest.mark.slow
-def test_a_reproduction_that_is_stopped_leaves_no_process_and_goes_on(reproduced: Path) -> None:
-    set_params(reproduced, seeds=[0, 7])
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        for left in reproduced.glob(".fscil/stages/*/*.partial"):
-            shutil.rmtree(left)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows", "repro"],
-            cwd=reproduced,
-            env=environment_of(reproduced),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+def test_all_experiments_of_one_reproduction_were_forked_by_one_process(reproduced: Path) -> None:
+    assert (reproduced / ".fscil" / "warm.log").read_text() == "", "it had nothing to complain of"
+    assert list((reproduced / ".fscil").glob("warm-*.sock")) == []
+    assert processes(Place(reproduced)) == [], "it ended with dvc"
+    for method in METHODS:
+        told = json.loads(
+            (reproduced / ".fscil" / "runs" / "digits" / method / "seed-0" / "provenance.json").read_text()
         )
-        while not list(reproduced.glob(".fscil/stages/*/*.partial")):
-            assert process.poll() is None, "it ended before it worked on anything"
-            time.sleep(0.01)
+        assert told["command"][1:] == ["cell", "digits", method, "0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_reproduction_that_is_stopped_leaves_no_process_and_goes_on(
+    reproduced: Path, number: signal.Signals
+) -> None:
+    set_params(reproduced, seeds=[0, 7])
+    for left in reproduced.glob(".fscil/stages/*/*.partial"):
+        shutil.rmtree(left)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro"],
+        cwd=reproduced,
+        env=environment_of(reproduced),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while not list(reproduced.glob(".fscil/stages/*/*.partial")):
+        assert process.poll() is None, "it ended before it worked on anything"
+        time.sleep(0.01)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
         process.send_signal(number)
-        assert process.wait(60) == code
-        assert processes(Place(reproduced)) == []
-    said = ran(run(reproduced, sys.executable, "-m", "flows", "repro"))
-    assert f"experiment@digits-{METHODS[-1]}-7" in said
-    set_params(reproduced, seeds=[0])
-    assert set(ran(run(reproduced, "dvc", "repro"))) <= {"settings", "tables"}
+    assert process.wait(60) != 0
+    assert processes(Place(reproduced)) == []
+    if number == signal.SIGKILL:
+        said = ran(run(reproduced, "dvc", "repro"))
+        assert f"experiment@digits-{METHODS[-1]}-7" in said
+        set_params(reproduced, seeds=[0])
+        assert set(ran(run(reproduced, "dvc", "repro"))) <= {"settings", "tables"}
 
 
 def test_what_no_run_names_is_shown_before_it_goes(reproduced: Path) -> None:
