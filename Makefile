@@ -70,7 +70,7 @@ study: $(STAMP) ## measure what the method does on the runs in runs/; reports/st
 
 .PHONY: ui
 ui: $(STAMP) ## the MLflow UI on http://127.0.0.1:5000: make ui MLFLOW_PORT=5001
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db \
+	@DO_NOT_TRACK=true MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///mlflow.db \
 	  --host 127.0.0.1 --port $(MLFLOW_PORT) --workers 1
 
 .PHONY: up

@@ -26,9 +26,11 @@ HEAD = """# The learners
 Written by `fscil learners > docs/learners.md`; a test compares. Results on digits are in the README.
 
 Each is `method=<name>`, with the images of guided `method=<name>_guided`, and `learner=<name>_as_published` has the
-publication's settings. *Memory* is all that a learner keeps of earlier sessions' data: one vector a class
-(prototypes: to compare with; features: to train on) or nothing; no learner keeps a picture, which a test checks.
-*Verified by* counts a learner's own tests and those of the contract, which runs for every one.
+publication's settings; finetune_proto is `method=finetune` and `method=guided`, and has none as published.
+*Memory* is all that a learner keeps of earlier sessions' data: one vector a class (prototypes: to compare with;
+features: to train on) or nothing; no learner keeps a picture, which a test checks.
+*Verified by* counts the tests of the modules that test a learner, some of which test two, and those of the contract,
+which runs for every one.
 """
 
 

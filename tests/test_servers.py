@@ -1,7 +1,10 @@
 """Who can reach what this project starts: programs on this machine, and nobody else."""
 
 import ast
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,36 @@ def test_another_address_is_one_s_own_wish_and_comes_with_a_warning(host: str, a
     assert host in warning
     assert "no login" in warning
     assert warning_of(HOST) == []
+
+
+def test_usage_reports_are_off_in_all_that_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    ui = re.search(r"^ui:.*\n\t@(.+)", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert ui
+    assert "MLFLOW_DISABLE_TELEMETRY=true" in ui[1].split()
+    for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "PREFECT_SERVER_ANALYTICS_ENABLED"):
+        monkeypatch.delenv(name, raising=False)
+    for environment in (environment_of(4200), _quiet()):
+        assert environment["DO_NOT_TRACK"] in ("1", "true")
+        assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+        assert environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_waiting_threads_of_torch_leave_the_cores_to_other_runs(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if own:
+        monkeypatch.setenv("GOMP_SPINCOUNT", own)
+    assert environment_of(4200)["GOMP_SPINCOUNT"] == (own or "5000")
+    assert _quiet()["GOMP_SPINCOUNT"] == (own or "5000")
+
+
+def _quiet() -> dict[str, str]:
+    """The environment after :func:`quieten`, in a process of its own, for libraries read it once."""
+    code = "import json, os; from flows.cli import quieten; quieten(); print(json.dumps(dict(os.environ)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
 
 
 def test_an_address_of_another_machine_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
