@@ -62,7 +62,7 @@ def test_a_hundred_megabytes_are_neither_read_nor_kept(
             vlm.complete(ask())
         assert provider.flooded < 50 * 2**20, "it was hung up on"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000, "KiB"
-    assert list(tmp_path.rglob("*")) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size] == []
     assert len(caplog.text) < 20_000
 
 
