@@ -85,7 +85,8 @@ def keep_server(stack: ExitStack) -> None:
     with temporary_settings({PREFECT_API_URL: None}):
         settings = get_current_settings().to_environment_variables(exclude_unset=True)
         with FileLock(PREFECT_HOME.value() / "starting.lock"):
-            _, address = _start(settings, said)
+            process, address = _start(settings, said)
+    stack.callback(_stop, process)
     stack.enter_context(temporary_settings({PREFECT_API_URL: f"{address}/api"}))
 
 

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flows.cli import Terminated, quieten, terminable
+from flows.cli import EXIT_FAILED, EXIT_TERMINATED, Terminated, fail, quieten, terminable
 from flows.own_server import keep_server
 
 START_S, POLL_S = 120, 0.05
@@ -48,8 +48,9 @@ def run_warm(arguments: Sequence[str]) -> int | None:
     """
     if "DVC_STAGE" not in os.environ or not hasattr(os, "pidfd_open"):
         return None
+    dvc = _dvc()
     try:
-        with _connected(_dvc()) as server:
+        with _connected(dvc) as server:
             given = {"arguments": list(arguments), "program": sys.argv[0], "environment": dict(os.environ)}
             message = json.dumps(given).encode()
             socket.send_fds(
@@ -58,7 +59,7 @@ def run_warm(arguments: Sequence[str]) -> int | None:
             server.sendall(message)
             return _waited(server)
     except OSError:
-        return None
+        return None if Path(f"/proc/{dvc}").exists() else EXIT_TERMINATED
 
 
 def _dvc() -> int:
@@ -100,7 +101,7 @@ def _waited(server: socket.socket) -> int:
             try:
                 if code := server.recv(8):
                     return int.from_bytes(code, "big")
-                raise ConnectionError("the server died")
+                return fail(ConnectionError("the process that runs the experiments died"), EXIT_FAILED)
             except KeyboardInterrupt as stop:
                 server.send(bytes([signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT]))
 
@@ -125,7 +126,11 @@ def serve(dvc: int) -> list[str] | None:
     listening.listen()
     while watched not in select.select([listening.fileno(), watched], [], [])[0]:
         connection, _ = listening.accept()
-        given, streams = _received(connection)
+        try:
+            given, streams = _received(connection)
+        except (OSError, ValueError):  # of one that was killed on its way in
+            connection.close()
+            continue
         child = os.fork()
         if child == 0:
             listening.close()
@@ -139,6 +144,7 @@ def serve(dvc: int) -> list[str] | None:
             connection.send(code.to_bytes(8, "big"))
         connection.close()
     path.unlink()
+    _kept.close()
     return None
 
 
@@ -146,7 +152,9 @@ def _received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     size, streams, _, _ = socket.recv_fds(connection, 8, 2)
     message = b""
     while len(message) < int.from_bytes(size, "big"):
-        message += connection.recv(1 << 16)
+        if not (part := connection.recv(1 << 16)):
+            raise ConnectionError("who came has gone")
+        message += part
     return json.loads(message), streams
 
 

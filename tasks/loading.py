@@ -29,8 +29,8 @@ from tasks.vlm.transformers_client import model_digest
 
 MINIATURE_CAPTIONER = Path(__file__).resolve().parent / "miniature" / "weights" / "captioner"
 
-DrawerSettings = GeneratorSettings | ImagesApiSettings
 Drawer = StableDiffusion | ImagesApi
+DrawerSettings = GeneratorSettings | ImagesApiSettings
 """Of what draws a set: a generator here, or a provider's model."""
 
 

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from filelock import Timeout
 from rich.console import Console
@@ -128,7 +129,7 @@ def results(place: Place, seed: int) -> dict[str, str]:
 
 def runs_in(place: Place) -> Counter[tuple[str, str]]:
     """How often each MLflow run stands there, by its name, the run that it belongs to, and its status."""
-    with sqlite3.connect(f"file:{place.root}/mlflow.db?mode=ro", uri=True) as database:
+    with sqlite3.connect(f"file:{quote(str(place.root))}/mlflow.db?mode=ro", uri=True) as database:
         rows = database.execute(
             "select tags.value || '/' || name, status from runs join tags using (run_uuid) where tags.key = 'fscil.run'"
         )
@@ -137,7 +138,7 @@ def runs_in(place: Place) -> Counter[tuple[str, str]]:
 
 def twice(place: Place) -> list[tuple[str, str, int]]:
     """Run id, metric and step of points that stand more than once; the machine's own measures may."""
-    with sqlite3.connect(f"file:{place.root}/mlflow.db?mode=ro", uri=True) as database:
+    with sqlite3.connect(f"file:{quote(str(place.root))}/mlflow.db?mode=ro", uri=True) as database:
         return database.execute(
             "select run_uuid, key, step from metrics where key not like 'system/%' "
             "group by run_uuid, key, step having count(*) > 1"

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from rich.console import Console
 from rich.table import Table
@@ -221,7 +222,7 @@ def answers(place: Place) -> set[str]:
 
 def rows(place: Place) -> list[tuple[str, str, int, float]]:
     """Run name, metric, step and value of every point in MLflow."""
-    with sqlite3.connect(f"file:{place.root}/mlflow.db?mode=ro", uri=True) as database:
+    with sqlite3.connect(f"file:{quote(str(place.root))}/mlflow.db?mode=ro", uri=True) as database:
         return database.execute(
             "select runs.name, metrics.key, metrics.step, metrics.value "
             "from metrics join runs using (run_uuid)"

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -40,7 +41,7 @@ def ask_once(
                 claims.free(key)
             others, waiting = [key for key in waiting if key not in set(mine)], []
             if others:
-                log.info("waiting for %d answers that another run has asked for", len(others))
+                log.warning("waiting for %d answers that another run has asked for", len(others))
             for key in others:
                 claims.wait(key)
                 if not known(key):  # who asked has failed
@@ -79,7 +80,8 @@ class Claims:
 
     def free(self, key: str) -> None:
         """Give a question back, answered or not."""
-        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _place(key))
+        with suppress(OSError):  # where files cannot be locked there is nothing to give back
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _place(key))
 
     def wait(self, key: str) -> None:
         """Return once no other process has claimed it."""
