@@ -241,11 +241,14 @@ def seal_split(store: Store, config: ExperimentConfig, benchmark: Benchmark) -> 
 
 def _local_weights(config: ExperimentConfig) -> list[Path]:
     """Where on this machine the networks of the run are, as far as settings say so."""
-    paths = (
-        []
-        if config.zero_shot or not config.trained.backbone.checkpoint
-        else [config.trained.backbone.checkpoint]
-    )
+    paths: list[str] = []
+    if not config.zero_shot:
+        language = getattr(config.trained, "language", None)
+        named = (
+            config.trained.backbone.checkpoint,
+            *((language.model, language.tokenizer) if language else ()),
+        )
+        paths += [path for path in named if path]
     if config.augmenter.draws and isinstance(config.drawer, GeneratorSettings):
         paths.append(config.drawer.path)
     own = config.asks_vlm and config.vlm.kind == "miniature" and config.vlm.base_url is None

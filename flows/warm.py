@@ -6,6 +6,7 @@ passes signals on, and ends as the forked process did. The server lives as long 
 works for it. Where it cannot be had, an experiment runs as ever.
 """
 
+import ctypes
 import json
 import os
 import select
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -24,6 +26,8 @@ from flows.cli import EXIT_FAILED, EXIT_TERMINATED, Terminated, fail, quieten, t
 from flows.own_server import keep_server
 
 START_S, POLL_S = 120, 0.05
+PR_SET_PDEATHSIG = 1
+"""Of Linux, see prctl(2)."""
 IMPORTED = (
     "flows.experiment",
     "flows.reproduce",
@@ -50,6 +54,10 @@ def run_warm(arguments: Sequence[str]) -> int | None:
         return None
     dvc = _dvc()
     try:
+        watched = os.pidfd_open(dvc)
+    except OSError:
+        return EXIT_TERMINATED  # DVC has gone
+    try:
         with _connected(dvc) as server:
             given = {"arguments": list(arguments), "program": sys.argv[0], "environment": dict(os.environ)}
             message = json.dumps(given).encode()
@@ -59,7 +67,14 @@ def run_warm(arguments: Sequence[str]) -> int | None:
             server.sendall(message)
             return _waited(server)
     except OSError:
-        return None if Path(f"/proc/{dvc}").exists() else EXIT_TERMINATED
+        threading.Thread(target=_end_with, args=[watched], daemon=True).start()
+        return None
+
+
+def _end_with(watched: int) -> None:
+    """Ask this process to end once the watched one has."""
+    select.select([watched], [], [])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _dvc() -> int:
@@ -133,6 +148,7 @@ def serve(dvc: int) -> list[str] | None:
             continue
         child = os.fork()
         if child == 0:
+            _end_with_the_server()
             listening.close()
             connection.close()
             _become(given, streams)
@@ -140,6 +156,7 @@ def serve(dvc: int) -> list[str] | None:
         for stream in streams:
             os.close(stream)
         code = _watched_over(child, connection, watched)
+        print(f"{' '.join(given['arguments'])}: {code}", file=sys.stderr, flush=True)
         with suppress(OSError):  # who came may have been killed
             connection.send(code.to_bytes(8, "big"))
         connection.close()
@@ -156,6 +173,12 @@ def _received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
             raise ConnectionError("who came has gone")
         message += part
     return json.loads(message), streams
+
+
+def _end_with_the_server() -> None:
+    """Have the kernel ask this process to end if its parent dies: nobody would tell it anything any more."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _become(given: dict[str, Any], streams: list[int]) -> None:
@@ -175,12 +198,13 @@ def _become(given: dict[str, Any], streams: list[int]) -> None:
 
 def _watched_over(child: int, connection: socket.socket, dvc: int) -> int:
     """Pass signals on until the process has ended; it is ended if who came, or `dvc`, dies. Its exit code."""
-    ended = os.pidfd_open(child)
+    ended, told = os.pidfd_open(child), False
     sources = [ended, connection.fileno(), dvc]
     while ended not in (ready := select.select(sources, [], [])[0]):
         asked = connection.recv(1) if connection.fileno() in ready else b""
-        sources = [ended] if not asked else sources
-        os.kill(child, asked[0] if asked else signal.SIGTERM)
+        if asked or not told:  # one that is ending already would take another for impatience
+            os.kill(child, asked[0] if asked else signal.SIGTERM)
+        sources, told = (sources if asked else [ended]), True
     os.close(ended)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return code if code >= 0 else 128 - code

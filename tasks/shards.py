@@ -7,6 +7,7 @@ On a processor the operations of a small generator are too short to be shared be
 draws a shard, however many there are, and each draws shards of its own with a copy of the generator.
 """
 
+import math
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +23,13 @@ import torch
 from tasks.collapse import refuse_nan
 from tasks.context import EpochContext
 from tasks.diffusion.generator import GeneratorSettings
+from tasks.image_cache import MEBIBYTE
 from tasks.images import encoded
 from tasks.loading import Drawer, DrawerSettings, drawer_for, generator_digest
 from tasks.records import ArtifactRef, Digest, Frozen
 
-SMALL = 128
-"""Side in pixels up to which one thread draws a shard."""
+SMALL, LIGHT = 128, 256 * MEBIBYTE
+"""Side in pixels, and size of the files of weights, up to which one thread draws a shard."""
 
 COPIES = 16
 """Of the generator at most; each needs its memory."""
@@ -102,8 +104,16 @@ def draw_shards(order: Order, shards: Sequence[Shard]) -> Generator[Drawn, None,
 def _by_one_thread(order: Order) -> bool:
     """Whether a shard's operations are too short to be shared."""
     generator, device = order.generator, order.context.runtime.torch_device
-    small = isinstance(generator, GeneratorSettings) and generator.size <= SMALL and not generator.compile
-    return small and device.type == "cpu"
+    if not isinstance(generator, GeneratorSettings) or device.type != "cpu":
+        return False
+    return generator.size <= SMALL and not generator.compile and _weigh(generator.path) <= LIGHT
+
+
+@lru_cache(maxsize=4)
+def _weigh(path: str) -> float:
+    """Bytes of a folder's weights; infinite where they are not in a folder."""
+    files = list(Path(path).rglob("*.safetensors"))
+    return sum(file.stat().st_size for file in files) if files else math.inf
 
 
 def _with_threads(order: Order, threads: int) -> Order:
@@ -116,10 +126,6 @@ def _side_by_side(order: Order, shards: Sequence[Shard]) -> Generator[Drawn, Non
     threads = torch.get_num_threads()
     hands = min(order.context.runtime.threads or threads, max(1, len(shards)), COPIES)
     alone, free = _with_threads(order, 1).context, SimpleQueue[Drawer]()
-    for hand in range(
-        hands
-    ):  # none is loaded while another one draws: that changes what modules do everywhere
-        free.put(drawer_for(alone, order.generator, order.adapter, hand))
 
     def drawn(shard: Shard) -> Drawn:
         drawer = free.get()
@@ -130,6 +136,8 @@ def _side_by_side(order: Order, shards: Sequence[Shard]) -> Generator[Drawn, Non
 
     pool = ThreadPoolExecutor(hands, "drawing", initializer=lambda: torch.set_num_threads(1))
     try:
+        for hand in range(hands):  # none while another one draws: loading changes what modules do everywhere
+            free.put(drawer_for(alone, order.generator, order.adapter, hand))
         yield from pool.map(drawn, shards)
     finally:
         pool.shutdown(cancel_futures=True)

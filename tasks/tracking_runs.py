@@ -5,15 +5,17 @@ Only explicit run ids are used, no active run, so threads do not matter. MLflow 
 
 import json
 import os
+import sqlite3
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from filelock import FileLock
 from pydantic import ConfigDict, Field, field_validator
 
 from tasks.records import Frozen
@@ -94,8 +96,17 @@ class Runs:
             return found.experiment_id
 
     def prepare(self) -> None:
-        """Make the tables of a new database, and the experiment; for one at a time."""
-        assert self.experiment_id
+        """Make the tables of a new database, and the experiment; for one at a time.
+
+        Raises:
+            HalfMadeError: a process that another program killed left a SQLite file with some of its tables.
+        """
+        make_database(self.settings.uri)
+        try:
+            assert self.experiment_id
+        except Exception:
+            _refuse_half_made(self.settings.uri)
+            raise
 
     def search(self, condition: str) -> "list[Run]":
         """Runs by a filter in MLflow's language."""
@@ -187,15 +198,69 @@ class Runs:
             self.log(run_id, tags={TABLES_TAG: text})
 
 
+class HalfMadeError(OSError):
+    """A SQLite file has some of MLflow's tables."""
+
+
+def make_database(uri: str) -> None:
+    """Make the SQLite file of an address, where it is one, with all tables or not at all.
+
+    MLflow makes them one by one, and a file that was begun and left is of no use ever after. So they are made under
+    another name: what a kill leaves there the next one removes.
+
+    Args:
+        uri: of MLflow; one that is no SQLite file, or is one that exists, is let pass.
+    """
+    if (file := _sqlite_file(uri)) is None or file.exists():
+        return
+    _keep_quiet()
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    begun = file.with_name(f".{file.name}.tmp")
+    with FileLock(lock := file.with_name(f".{file.name}.lock")):
+        if not file.exists():
+            for left in file.parent.glob(f"{begun.name}*"):
+                left.unlink()
+            SqlAlchemyStore(f"sqlite:///{begun}", "mlruns").engine.dispose()
+            begun.rename(file)
+        lock.unlink(missing_ok=True)  # who waits for it finds the file
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    from sqlalchemy.engine import make_url
+
+    if urlsplit(uri).scheme.partition("+")[0] != "sqlite":
+        return None
+    name = make_url(uri).database
+    return Path(name) if name and name != ":memory:" and not name.startswith("file:") else None
+
+
+def _refuse_half_made(uri: str) -> None:
+    if (file := _sqlite_file(uri)) is None:
+        return
+    with closing(sqlite3.connect(file)) as database, suppress(sqlite3.Error):
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        whole = "alembic_version" in tables and database.execute("SELECT 1 FROM alembic_version").fetchone()
+        if "experiments" in tables and not whole:
+            raise HalfMadeError(
+                f"{file} has only some of MLflow's tables: what made them was killed or is still at it. If nothing "
+                "is, remove the file; `fscil track` writes everything again from the records"
+            )
+
+
 def open_client(settings: TrackingSettings) -> "MlflowClient":
     """MLflow's client, told to send no usage reports, say little and not wait long for a dead server."""
+    _keep_quiet()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=patient(settings.uri))
+
+
+def _keep_quiet() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=patient(settings.uri))
 
 
 def patient(uri: str) -> str:

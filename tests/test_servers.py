@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flows import services as services_module
 from flows.__main__ import main
 from flows.services import HOST, environment_of, services, warning_of
 from tasks.miniature.vlm_server import VlmServer
@@ -74,7 +75,10 @@ def _quiet() -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
-def test_an_address_of_another_machine_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_of_another_machine_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services_module, "FOLDER", tmp_path)  # where those of this checkout may be running
     assert main(["up", "--host", "192.0.2.7"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "nothing can listen on port 4200 of '192.0.2.7'" in said

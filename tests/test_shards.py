@@ -1,5 +1,6 @@
 """Shards that threads draw side by side are, bit for bit, those that one thread draws one after another."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tasks.collapse import CollapseError
 from tasks.context import EpochContext
 from tasks.diffusion import adapters
 from tasks.diffusion.generator import GeneratorSettings, StableDiffusion
+from tasks.diffusion.recording import Recorder
 from tasks.loading import generator_for
 from tasks.records import ArtifactRef, Digest, LoopState
 from tasks.shards import Drawn, Order, Shard, draw_shards
@@ -42,7 +44,7 @@ def order_at(root: Path, threads: int | None, adapter: ArtifactRef | None = None
 
 
 def shards(count: int) -> list[Shard]:
-    """Enough for a prediction to be recorded; the last is smaller than a batch."""
+    """The last is smaller than a batch."""
     numbers = list(range(count * BATCH - 1))
     return [
         Shard(
@@ -69,13 +71,18 @@ def adapter(tmp_path: Path) -> ArtifactRef:
     return ArtifactRef(path="tune_lora/0/adapter", digest=digest_of(folder), kind="adapter")
 
 
-def test_bit_for_bit_with_and_without_an_adapter(tmp_path: Path, adapter: ArtifactRef) -> None:
-    work = shards(31)
+def test_bit_for_bit_with_and_without_an_adapter(
+    tmp_path: Path, adapter: ArtifactRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Recorder.__init__, "__defaults__", (8,))  # recorded once seen so often
+    work = shards(16)
     for used in (None, adapter):
         loading._generators.clear()
         one = list(draw_shards(order_at(tmp_path, 1, used), work))
         loading._generators.clear()
         assert list(draw_shards(order_at(tmp_path, 3, used), work)) == one
+        models = list(loading._generators.values())
+        assert [bool(model.recorder and model.recorder._recordings) for model in models] == [True] * 3
         assert list(draw_shards(order_at(tmp_path, 3, used), work[7:8])) == one[7:8], "one that a kill left"
         assert [drawn.start for drawn in one] == [shard.start for shard in work]
     assert list(draw_shards(order_at(tmp_path, 3), work)) != one, (
@@ -87,21 +94,22 @@ def test_each_thread_has_a_generator_of_its_own_and_one_core(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(2)
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int, int]] = set()
     draw = StableDiffusion.draw
 
     def watched(self: StableDiffusion, prompts: list[str], seeds: list[int]) -> torch.Tensor:
-        seen.add((id(self), torch.get_num_threads()))
+        seen.add((id(self), torch.get_num_threads(), threading.get_ident()))
         return draw(self, prompts, seeds)
 
     monkeypatch.setattr(StableDiffusion, "draw", watched)
     list(draw_shards(order_at(tmp_path, None), shards(6)))
-    assert len(seen) == 2
-    assert {threads for _, threads in seen} == {1}
+    assert {threads for _, threads, _ in seen} == {1}
+    assert len({model for model, _, _ in seen}) == 2
+    assert len({thread for _, _, thread in seen}) == 2
     assert torch.get_num_threads() == 2, "what comes after has all of them again"
     seen.clear()
     list(draw_shards(order_at(tmp_path, None, None, "generator.size=256"), shards(1)))
-    assert {threads for _, threads in seen} == {2}, "the operations of a large image are shared"
+    assert {threads for _, threads, _ in seen} == {2}, "the operations of a large image are shared"
 
 
 def test_no_generator_is_loaded_while_another_one_draws(

@@ -3,10 +3,12 @@
 import json
 import logging
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from io import StringIO
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from pydantic import ValidationError
 from tasks.store import StoreError, digest_of
 from tasks.tracked import contact_sheet, flat, provenance_tags, stage_metrics, verdict_table
 from tasks.tracking import Tracker, TrackingError
-from tasks.tracking_runs import ERROR_TAG, Runs, TrackingSettings, run_tags
+from tasks.tracking_runs import ERROR_TAG, HalfMadeError, Runs, TrackingSettings, run_tags
 from tests.conftest import ROOT
 from tests.helpers import PROVENANCE, FabricatedRun, fabricate_run
 
@@ -415,6 +417,39 @@ def test_many_processes_may_make_the_database_at_once(tmp_path: Path) -> None:
     assert {run.info.run_name for run in Seen(settings_at(tmp_path)).parents} == {
         f"d/m/seed-{n}" for n in range(3)
     }
+
+
+def test_a_database_whose_making_is_killed_is_made_again(tmp_path: Path) -> None:
+    """With tables of the first kind, and again amid the migrations."""
+    settings = settings_at(tmp_path)
+    file = Path(settings.uri.removeprefix("sqlite:///"))
+    code = (
+        "import os, sys; from sqlalchemy import event, Engine; from tasks.tracking_runs import make_database\n"
+        "left = [int(sys.argv[2])]\n"
+        "@event.listens_for(Engine, 'before_cursor_execute')\n"
+        "def count(*_):\n    left[0] -= 1\n    left[0] or os.kill(os.getpid(), 9)\n"
+        "make_database(sys.argv[1])"
+    )
+    for at in (30, 200):
+        process = subprocess.run([sys.executable, "-c", code, settings.uri, str(at)], cwd=ROOT)
+        assert process.returncode == -signal.SIGKILL
+        assert not file.exists()
+    assert (file.parent / f".{file.name}.tmp").exists()
+    runs = Runs(settings)
+    runs.prepare()
+    runs.find_or_create("key", "run", {})
+    assert {path.name for path in file.parent.iterdir() if file.name in path.name} == {file.name}
+
+
+def test_a_database_that_was_left_half_made_is_told_of(settings: TrackingSettings) -> None:
+    file = settings.uri.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("DELETE FROM alembic_version")
+        database.execute("DROP TABLE trace_tags")
+    with pytest.raises(
+        HalfMadeError, match=r"only some of MLflow's tables: .*remove the file; `fscil track`"
+    ):
+        Runs(settings).prepare()
 
 
 def test_a_writer_waits_for_another_one(settings: TrackingSettings) -> None:

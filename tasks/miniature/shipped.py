@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tasks.store import digest_of, write_json
 
-SHIPPED = Path(__file__).parent / "weights"
+SHIPPED = Path(__file__).resolve().parent / "weights"
 
 
 def write_digests() -> None:

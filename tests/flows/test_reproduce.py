@@ -157,7 +157,8 @@ def test_pushed_here_restored_and_replayed_in_a_second_clone(reproduced: Path, t
 
 
 def test_all_experiments_of_one_reproduction_were_forked_by_one_process(reproduced: Path) -> None:
-    assert (reproduced / ".fscil" / "warm.log").read_text() == "", "it had nothing to complain of"
+    said = (reproduced / ".fscil" / "warm.log").read_text().splitlines()  # each server writes its own anew
+    assert said == [f"cell digits {method} 0: 0" for method in METHODS]
     assert list((reproduced / ".fscil").glob("warm-*.sock")) == []
     assert processes(Place(reproduced)) == [], "it ended with dvc"
     for method in METHODS:
@@ -183,20 +184,21 @@ def test_a_reproduction_that_is_stopped_leaves_no_process_and_goes_on(
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    while not list(reproduced.glob(".fscil/stages/*/*.partial")):
-        assert process.poll() is None, "it ended before it worked on anything"
-        time.sleep(0.01)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
-        process.send_signal(number)
-    assert process.wait(60) != 0
-    assert processes(Place(reproduced)) == []
-    if number == signal.SIGKILL:
-        said = ran(run(reproduced, "dvc", "repro"))
-        assert f"experiment@digits-{METHODS[-1]}-7" in said
+    try:
+        while not list(reproduced.glob(".fscil/stages/*/*.partial")):
+            assert process.poll() is None, "it ended before it worked on anything"
+            time.sleep(0.01)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        assert process.wait(60) != 0
+        assert processes(Place(reproduced)) == []
+        if number == signal.SIGKILL:
+            assert f"experiment@digits-{METHODS[-1]}-7" in ran(run(reproduced, "dvc", "repro"))
+    finally:
         set_params(reproduced, seeds=[0])
-        assert set(ran(run(reproduced, "dvc", "repro"))) <= {"settings", "tables"}
+    assert set(ran(run(reproduced, "dvc", "repro"))) <= {"settings", "tables"}
 
 
 def test_what_no_run_names_is_shown_before_it_goes(reproduced: Path) -> None:
