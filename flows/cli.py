@@ -53,9 +53,10 @@ def speak_plainly() -> None:
 
 
 def quieten(prefect_level: str = "WARNING") -> None:
-    """Settings that Prefect, diffusers, transformers and torch read when they are imported."""
+    """Settings that Prefect, MLflow, diffusers, transformers and torch read when they are imported."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", prefect_level)
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flows.cli import EXIT_FAILED, EXIT_USAGE, fail, known_errors
 from flows.own_server import prefect_server
-from flows.warm import run_warm
+from flows.warm import await_turn, run_warm
 
 
 def data(arguments: Sequence[str]) -> int:
@@ -50,6 +50,7 @@ def cell(arguments: Sequence[str]) -> int:
         overrides = overrides_of(read_profile())
         with prefect_server():
             record = fscil(chosen.dataset, chosen.method, chosen.seed, overrides)
+        await_turn()
         print(write_cell(record))
     except known_errors() as error:
         return fail(error, EXIT_FAILED)
@@ -103,7 +104,7 @@ def gc(arguments: Sequence[str]) -> int:
         found = garbage(chosen.runs, chosen.state, chosen.days)
         print("\n".join(found.lines()))
         if chosen.delete:
-            collect_garbage(found, chosen.runs)
+            collect_garbage(found, chosen.runs, chosen.state)
             print("deleted")
         else:
             print("nothing was deleted; add --delete to do so")

@@ -5,6 +5,7 @@ on what it reads alone: the description of its data, its own settings as Hydra c
 the method never looks at, and the code. So DVC knows what a change concerns without running anything.
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,13 +26,18 @@ REPORTS = Path("reports")
 
 
 class Profile(Frozen):
-    """What ``dvc repro`` runs: every dataset with every method and seed, under the same overrides."""
+    """What ``dvc repro`` runs: every dataset with every method and seed, under the same overrides.
+
+    Attributes:
+        at_once: experiments that are under way at a time, each with its share of the processor's threads.
+    """
 
     profile: str
     datasets: tuple[str, ...] = Field(min_length=1)
     methods: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     overrides: tuple[str, ...]
+    at_once: int = Field(1, ge=1)
 
 
 def read_profile(path: Path = PARAMS) -> Profile:
@@ -62,7 +68,9 @@ def choose_profile(name: str, target: Path = PARAMS) -> Profile:
 
 def overrides_of(profile: Profile) -> list[str]:
     """Those of an experiment within ``dvc repro``: a run of other settings in its folder makes way."""
-    return [*profile.overrides, "runtime.replace=true"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = [f"runtime.threads={max(1, cores // profile.at_once)}"] if profile.at_once > 1 else []
+    return [*share, *profile.overrides, "runtime.replace=true"]
 
 
 # ------------------------------------------------------------------------------------------ the stages
@@ -128,6 +136,11 @@ def settings_read(config: ExperimentConfig) -> Mapping[str, Any]:
     return {key: value for key, value in config.identity.items() if not unread.get(key)}
 
 
+def cell_file(dataset: str, method: str, seed: int, out: Path = REPORTS) -> Path:
+    """Where :func:`write_cell` writes."""
+    return out / "cells" / dataset / method / f"seed-{seed}.json"
+
+
 def write_cell(record: ExperimentRecord, out: Path = REPORTS) -> Path:
     """What one experiment came to, for `dvc metrics show`: accuracies in percent, and what was spent."""
     last = record.sessions[-1]
@@ -147,6 +160,6 @@ def write_cell(record: ExperimentRecord, out: Path = REPORTS) -> Path:
         "vlm_tokens": record.usage.tokens,
         "epochs": record.epochs,
     }
-    target = out / "cells" / record.dataset / record.method / f"seed-{record.seed}.json"
+    target = cell_file(record.dataset, record.method, record.seed, out)
     write_json(target, rounded | spent)
     return target

@@ -5,7 +5,6 @@ images or an adapter comes back by its place or by its digest, from the cache or
 """
 
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -14,8 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from flows.lineage import read_record
 from tasks.records import AugmentationSet, Digest, EpochRecord, Frozen, SessionRecord, StageRecord
-from tasks.store import StoreError
+from tasks.store import StoreError, remove
 from tasks.tracked import STAGES
 from tasks.versions import Pointer, Versions, below, find, pointer_of, read_pointer
 
@@ -133,6 +133,7 @@ def garbage(runs: Path, state: Path, days: float) -> Garbage:
 
     Raises:
         StoreError: a run is under way, whose stages are not named yet.
+        ValueError: a record is damaged, so what it names is not known.
     """
     _refuse_while_running(state)
     stages = tuple(_unnamed(runs, state, days))
@@ -140,10 +141,15 @@ def garbage(runs: Path, state: Path, days: float) -> Garbage:
     return Garbage(stages=stages, stage_bytes=held, cache=_dvc_gc(runs, dry=True))
 
 
-def collect_garbage(found: Garbage, runs: Path) -> None:
-    """Delete what was shown: the stages, and from DVC's cache what neither this checkout nor any commit names."""
+def collect_garbage(found: Garbage, runs: Path, state: Path) -> None:
+    """Delete what was shown: the stages, and from DVC's cache what neither this checkout nor any commit names.
+
+    Raises:
+        StoreError: a run was started meanwhile.
+    """
     for folder in found.stages:
-        shutil.rmtree(folder)
+        _refuse_while_running(state)
+        remove(folder)
     _dvc_gc(runs, dry=False)
 
 
@@ -170,13 +176,13 @@ def _unnamed(runs: Path, state: Path, days: float) -> Iterator[Path]:
 def _stages_of(runs: Path) -> Iterator[StageRecord]:
     found: list[StageRecord | None] = []
     for path in runs.glob("**/session-*/record.json"):
-        session = SessionRecord.model_validate_json(path.read_text("utf-8"))
+        session = read_record(path, SessionRecord)
         found += [session.initial, session.test]
     for path in runs.glob("**/session-*/epoch-*/record.json"):
-        epoch = EpochRecord.model_validate_json(path.read_text("utf-8"))
+        epoch = read_record(path, EpochRecord)
         found += [getattr(epoch, stage) for stage in STAGES]
     for path in runs.glob("**/session-*/initial/record.json"):
-        found.append(StageRecord[AugmentationSet].model_validate_json(path.read_text("utf-8")))
+        found.append(read_record(path, StageRecord[AugmentationSet]))
     return (record for record in found if record is not None)
 
 

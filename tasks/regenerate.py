@@ -5,7 +5,8 @@ Returns: AugmentationSet - references to the images and to the manifest that can
 Writes:  images/<class name>/<slot>.<format>  manifest.jsonl, shard by shard, so that a kill loses at most one shard
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -30,10 +31,12 @@ from tasks.memory import within_memory
 from tasks.progress import stage_bar
 from tasks.records import ArtifactRef, AugmentationSet, AugmentedImage, Digest, StageRecord, Verdict
 from tasks.seeding import seed_for
-from tasks.shards import Drawn, Order, Shard, draw_shards
-from tasks.store import StageFolder, digest_of, fingerprint, read_lines, write_lines
+from tasks.shards import Order, Shard, draw_shards
+from tasks.store import StageFolder, StoreError, digest_of, fingerprint, read_lines, write_lines
 
 VERSION = 1
+
+log = logging.getLogger("fscil.regenerate")
 
 
 @task(
@@ -128,7 +131,12 @@ def _draw_shards(
     One number holds for the whole set, of which a batch that did not fit the memory leaves a smaller one: then the
     set is begun anew.
     """
+
+    def row_of(number: int) -> AugmentedImage:
+        return _row(context, epoch, folder, generator.format, slots[number], seeds[number])
+
     batch = _batch_so_far(folder, generator.batch)
+    _drop_damaged(folder, batch, row_of)
     starts = range(0, len(slots), generator.batch)
     order = Order(context=context, generator=generator, adapter=adapter)
     place = f"session {context.session} epoch {epoch}"
@@ -144,8 +152,10 @@ def _draw_shards(
                     if anew:
                         break
                     if drawn.batch == batch:  # else a worker with more memory, to be asked again
-                        rows = _keep(context, epoch, folder, generator.format, drawn, slots, seeds)
-                        write_lines(_marker(folder, batch, drawn.start), rows)
+                        numbers = range(drawn.start, drawn.start + len(drawn.files))
+                        names = [_path_of(context, slots[number], generator.format) for number in numbers]
+                        _keep(folder / "images", names, drawn.files)
+                        write_lines(_marker(folder, batch, drawn.start), map(row_of, numbers))
                         kept += 1
                         at("", min(kept * generator.batch, len(slots)), len(slots))
     done = [read_lines(_marker(folder, batch, start), AugmentedImage) for start in starts]
@@ -161,39 +171,48 @@ def _marker(folder: Path, batch: int, start: int) -> Path:
     return folder / f"shard-{batch}-{start:06d}.jsonl"
 
 
+def _drop_damaged(folder: Path, batch: int, row_of: Callable[[int], AugmentedImage]) -> None:
+    """Forget shards of an attempt that was cut off which are not what was drawn; they are drawn again."""
+    for marker in folder.glob(f"shard-{batch}-*.jsonl"):
+        start = int(marker.stem.split("-")[2])
+        try:
+            rows = read_lines(marker, AugmentedImage)
+            whole = len(rows) > 0 and rows == [row_of(start + n) for n in range(len(rows))]
+        except (StoreError, IndexError):
+            whole = False
+        if not whole:
+            log.warning("%s of an attempt that was cut off is damaged and will be drawn again", marker)
+            marker.unlink()
+
+
 def _batch_so_far(folder: Path, wanted: int) -> int:
     """How many images an attempt that was killed drew at once in the end, else as many as wanted."""
     return min([wanted, *(int(shard.name.split("-")[1]) for shard in folder.glob("shard-*-*.jsonl"))])
 
 
-def _keep(
-    context: EpochContext,
-    epoch: int,
-    folder: Path,
-    kind: Format,
-    drawn: Drawn,
-    slots: Sequence[Slot],
-    seeds: Sequence[int],
-) -> list[AugmentedImage]:
-    """Write a shard's files; their rows."""
-    rows = []
-    for number, content in enumerate(drawn.files, start=drawn.start):
-        slot = slots[number]
-        path = f"{context.class_names[slot.label]}/{slot.id}.{kind}"
-        target = folder / "images" / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-        rows.append(
-            AugmentedImage(
-                id=image_id(context.session, epoch, slot.id),
-                slot=slot.id,
-                source_id=slot.source_id,
-                label=slot.label,
-                prompt=slot.prompt,
-                seed=seeds[number],
-                path=path,
-                digest=digest_of(target),
-                parent_id=slot.parent_id,
-            )
-        )
-    return rows
+def _path_of(context: EpochContext, slot: Slot, kind: Format) -> str:
+    return f"{context.class_names[slot.label]}/{slot.id}.{kind}"
+
+
+def _keep(images: Path, names: Sequence[str], files: Sequence[bytes]) -> None:
+    for name, content in zip(names, files, strict=True):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(content)
+
+
+def _row(
+    context: EpochContext, epoch: int, folder: Path, kind: Format, slot: Slot, seed: int
+) -> AugmentedImage:
+    """What the manifest says of an image whose file is there."""
+    path = _path_of(context, slot, kind)
+    return AugmentedImage(
+        id=image_id(context.session, epoch, slot.id),
+        slot=slot.id,
+        source_id=slot.source_id,
+        label=slot.label,
+        prompt=slot.prompt,
+        seed=seed,
+        path=path,
+        digest=digest_of(folder / "images" / path),
+        parent_id=slot.parent_id,
+    )

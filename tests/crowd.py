@@ -27,7 +27,7 @@ from rich.table import Table
 
 from tasks.store import Store, digest_of
 from tests.conftest import Place
-from tests.storm import leftovers, made, processes, sealed, start
+from tests.storm import MEASURED, finished_work, leftovers, made, processes, start
 
 REFUSED = "is already running in another process"
 KILLED = -signal.SIGKILL
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 def together(place: Place, seeds: list[int], crowd: Crowd, *, kills: int, dice: random.Random) -> None:
     """Start one run for each of the seeds at once, kill some, and wait for all."""
-    before = sealed(place)
+    before = finished_work(place)
     logs = [f"log-{crowd.rounds}-{number}" for number in range(len(seeds))]
     started = [start(place, seed, log) for seed, log in zip(seeds, logs, strict=True)]
     for _ in range(kills):
@@ -112,6 +112,7 @@ def differences(place: Place, alone: Place, seeds: list[int]) -> list[str]:
         f"results of seeds {other} differ": bool(other),
         "MLflow has a point twice": bool(twice(place)),
         "MLflow has other runs": runs_in(place) != runs_in(alone),
+        "MLflow has other points": points_in(place) != points_in(alone),
         "a database is damaged": any(not sound(file) for file in place.root.rglob("*.db")),
         "a lock is still held": any(_held(place, seed) for seed in seeds),
         "something temporary was left": bool(leftovers(place)),
@@ -134,6 +135,16 @@ def runs_in(place: Place) -> Counter[tuple[str, str]]:
             "select tags.value || '/' || name, status from runs join tags using (run_uuid) where tags.key = 'fscil.run'"
         )
         return Counter(rows.fetchall())
+
+
+def points_in(place: Place) -> set[tuple[str, str, int, float]]:
+    """Run, metric, step and value of every point but those that measure the machine."""
+    with sqlite3.connect(f"file:{quote(str(place.root))}/mlflow.db?mode=ro", uri=True) as database:
+        rows = database.execute(
+            "select tags.value || '/' || runs.name, metrics.key, metrics.step, metrics.value "
+            "from metrics join runs using (run_uuid) join tags using (run_uuid) where tags.key = 'fscil.run'"
+        )
+        return {row for row in rows if not row[1].startswith(MEASURED)}
 
 
 def twice(place: Place) -> list[tuple[str, str, int]]:

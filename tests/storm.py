@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -29,7 +30,8 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
-from tasks.store import digest_of
+from tasks.records import AugmentedImage
+from tasks.store import digest_of, read_lines
 from tests.conftest import ROOT, Place
 
 MOMENTS = {
@@ -51,6 +53,7 @@ MOMENTS = {
     "any time": "",
 }
 SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
+MEASURED = ("seconds/", "memory_mib/", "system/")  # metrics of the machine, which differ from run to run
 ORDERLY_S = 5.0
 LATE_S = 20.0  # a run that is about to end when it is asked to stop may end as it would have
 PATIENCE_S = 600
@@ -62,7 +65,8 @@ class Outcome:
 
     moments: list[str] = field(default_factory=list)
     signals: list[str] = field(default_factory=list)
-    slowest_stop: float = 0.0
+    stops_s: list[float] = field(default_factory=list)
+    kept: int = 0
     faults: list[str] = field(default_factory=list)
 
 
@@ -91,22 +95,30 @@ def main(arguments: list[str]) -> int:
                 f"run {number}: {', '.join(outcomes[-1].moments)}: {told}", markup=False, highlight=False
             )
     Console().print(table(outcomes))
-    return int(any(outcome.faults for outcome in outcomes))
+    never = set(MOMENTS) - {moment for outcome in outcomes for moment in outcome.moments}
+    if missed := never if chosen.runs >= 2 * len(MOMENTS) else set():
+        console.print(f"no run was stopped while: {', '.join(sorted(missed))}")
+    return int(bool(missed) or any(outcome.faults for outcome in outcomes))
 
 
 def weather(root: Path, reference: Place, seed: int, number: int) -> Outcome:
     """One run: killed, started again, ended, compared."""
     dice, outcome = random.Random(f"{seed}-{number}"), Outcome()
     place = Place(made(root / f"run-{number:02d}"))
+    kept: dict[Path, int] = {}
     for attempt in range(dice.randint(1, 3)):
         names = list(MOMENTS)
         moment = names[(number + attempt) % len(names)] if attempt == 0 else dice.choice(names)
         number_of_signal = dice.choices(list(SIGNALS), (8, 1, 1))[0]
         if not strike(place, moment, number_of_signal, dice, outcome):
             break
-    before = sealed(place)
-    finish(place.root, place)
-    outcome.faults += differences(place, reference, before)
+        kept = finished_work(place) | kept  # known by when it was first there
+    outcome.kept = len(kept)
+    try:
+        finish(place.root, place)
+        outcome.faults += differences(place, reference, kept)
+    except (Exception, SystemExit) as error:
+        outcome.faults.append(f"{type(error).__name__}: {error}")
     if not outcome.faults:
         shutil.rmtree(place.root)
     return outcome
@@ -114,11 +126,11 @@ def weather(root: Path, reference: Place, seed: int, number: int) -> Outcome:
 
 def strike(place: Place, moment: str, number: signal.Signals, dice: random.Random, outcome: Outcome) -> bool:
     """Start the run and stop it at a moment; False if it ended before."""
-    seen = set(place.root.glob(MOMENTS[moment])) if MOMENTS[moment] else set()
+    seen = signs_of(place, moment)
     process = start(place)
     until = time.monotonic() + (dice.uniform(5, 60) if not MOMENTS[moment] else PATIENCE_S)
     while process.poll() is None and time.monotonic() < until:
-        if MOMENTS[moment] and set(place.root.glob(MOMENTS[moment])) - seen:
+        if signs_of(place, moment) - seen:
             time.sleep(dice.choice((0.0, 0.0, dice.uniform(0, 0.5))))
             break
         time.sleep(0.003)
@@ -136,7 +148,7 @@ def strike(place: Place, moment: str, number: signal.Signals, dice: random.Rando
     outcome.signals.append(number.name)
     said = (place.root / "log").read_text(errors="replace")
     if number != signal.SIGKILL:
-        outcome.slowest_stop = max(outcome.slowest_stop, took)
+        outcome.stops_s.append(took)
         if code not in (SIGNALS[number], 0):
             outcome.faults.append(f"{number.name} ended it with {code}")
         elif code == 0 and took > LATE_S:
@@ -144,6 +156,15 @@ def strike(place: Place, moment: str, number: signal.Signals, dice: random.Rando
         elif code and "the same command goes on from here" not in said:
             outcome.faults.append(f"{number.name} without a sentence on how to resume")
     return True
+
+
+def signs_of(place: Place, moment: str) -> set[tuple[Path, int]]:
+    """The files by which a moment is known, and when they were written: a kill may have left some."""
+    found = set()
+    for path in place.root.glob(MOMENTS[moment]) if MOMENTS[moment] else ():
+        with suppress(FileNotFoundError):
+            found.add((path, path.stat().st_mtime_ns if path.is_file() else 0))
+    return found
 
 
 # ------------------------------------------------------------------------------------------ running
@@ -184,25 +205,33 @@ def finish(root: Path, place: Place) -> None:
 # ------------------------------------------------------------------------------------------ comparing
 
 
-def sealed(place: Place) -> dict[Path, int]:
-    """When each sealed record was written."""
-    return {
-        path: path.stat().st_mtime_ns
-        for path in (place.root / "state" / "stages").glob("*/*/record.json")
-        if path.parent.suffix != ".partial"
-    }
+def finished_work(place: Place) -> dict[Path, int]:
+    """When each sealed record, each image of a finished shard and each VLM answer was written."""
+    stages = place.root / "state" / "stages"
+    records = (path for path in stages.glob("*/*/record.json") if path.parent.suffix != ".partial")
+    answered = (place.root / "state" / "vlm").rglob("[!.]*.json")
+    written = {path: path.stat().st_mtime_ns for path in (*records, *answered)}
+    for shard in stages.glob("regenerate/*.partial/shard-*.jsonl"):
+        for row in read_lines(shard, AugmentedImage):
+            image = shard.parent / "images" / row.path
+            written[shard.parent.with_suffix("") / "images" / row.path] = image.stat().st_mtime_ns
+    return written
 
 
-def differences(place: Place, reference: Place, before: dict[Path, int]) -> list[str]:
+def differences(place: Place, reference: Place, kept: dict[Path, int]) -> list[str]:
     """What is not as after an undisturbed run; empty where nothing is."""
     checks: dict[str, Callable[[], bool]] = {
         "a result differs": lambda: place.files("guided") != reference.files("guided"),
-        "something sealed was computed again": lambda: {p: p.stat().st_mtime_ns for p in before} != before,
+        "something finished was lost or done again": lambda: (
+            [path for path, at in kept.items() if not path.is_file() or path.stat().st_mtime_ns != at] != []
+        ),
         "a VLM answer was paid twice": lambda: paid(place) > len(answers(place)),
         "VLM answers are others": lambda: answers(place) != answers(reference),
         "MLflow has other points": lambda: points(place) != points(reference),
         "MLflow has a point twice": lambda: any(n > 1 for n in Counter(point_keys(place)).values()),
-        "DVC's pointer is not the results' digest": lambda: pointer(place) != pointer(reference),
+        "DVC's pointer is not the results' digest": lambda: (
+            digest_of(place.run("guided")) not in pointer(place)
+        ),
         "something temporary was left": lambda: bool(leftovers(place)),
         "a process was left": lambda: bool(processes(place)),
     }
@@ -231,7 +260,7 @@ def rows(place: Place) -> list[tuple[str, str, int, float]]:
 
 def points(place: Place) -> set[tuple[str, str, int, float]]:
     """All points but those that measure the machine."""
-    return {row for row in rows(place) if not row[1].startswith(("seconds/", "memory_mib/", "system/"))}
+    return {row for row in rows(place) if not row[1].startswith(MEASURED)}
 
 
 def point_keys(place: Place) -> list[tuple[str, str, int]]:
@@ -240,10 +269,8 @@ def point_keys(place: Place) -> list[tuple[str, str, int]]:
 
 
 def pointer(place: Place) -> str:
-    """The digest by which DVC knows the results, which must be theirs but for config.json, which names places."""
-    said = (place.root / "runs" / "digits" / "guided" / "seed-0.dvc").read_text()
-    assert digest_of(place.run("guided")) in said, "the pointer names other results"
-    return str(len(list(place.run("guided").rglob("*"))))
+    """What DVC says of the results."""
+    return (place.root / "runs" / "digits" / "guided" / "seed-0.dvc").read_text()
 
 
 def leftovers(place: Place) -> list[Path]:
@@ -277,16 +304,18 @@ def table(outcomes: list[Outcome]) -> Table:
     met = Counter(moment for outcome in outcomes for moment in outcome.moments)
     bad = Counter(moment for outcome in outcomes if outcome.faults for moment in outcome.moments)
     sent = Counter(name for outcome in outcomes for name in outcome.signals)
-    slowest = max((outcome.slowest_stop for outcome in outcomes), default=0.0)
+    stops = [seconds for outcome in outcomes for seconds in outcome.stops_s]
     shown = Table(
         title=f"{len(outcomes)} runs, {sum(sent.values())} stops ({', '.join(f'{n} {k}' for k, n in sent.items())})"
     )
     for heading in ("stopped while", "times", "in runs with a fault"):
         shown.add_column(heading)
-    for moment, times in sorted(met.items()):
-        shown.add_row(moment, str(times), str(bad[moment]))
+    for moment in sorted({*MOMENTS, *met}):
+        shown.add_row(moment, str(met[moment]), str(bad[moment]))
     shown.caption = (
-        f"slowest orderly stop {slowest:.1f} s (promised: {ORDERLY_S:.0f} s on a free machine); "
+        f"slowest of {len(stops)} orderly stops {max(stops, default=0):.1f} s, "
+        f"{sum(s > ORDERLY_S for s in stops)} of them over the {ORDERLY_S:.0f} s promised on a free machine; "
+        f"{sum(o.kept for o in outcomes):,} records, images and answers were finished when stopped; "
         f"faults: {', '.join(sorted({f for o in outcomes for f in o.faults})) or 'none'}"
     )
     return shown

@@ -1,6 +1,6 @@
 """Stage 6 with a fake generator: what is written, and what a memory that is too small or a kill leave."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -138,6 +138,26 @@ def test_a_killed_attempt_is_taken_up_with_the_batch_that_fitted(place: Place) -
     assert fresh.calls == 1, "the sealed shard is not drawn again"
     assert drawn.batch_shape == (2, 3, SIZE, SIZE)
     assert batches(rows, images) == {2}
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [flipped, Path.unlink, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("which", ["images/bird/*.png", "shard-*.jsonl"])
+def test_a_shard_that_a_power_cut_damaged_is_drawn_again(
+    place: Place, which: str, damage: Callable[[Path], None]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        place.draw(Fake(4, fits=4, dies_after=1))
+    damage(min(place.root.glob(f"stages/regenerate/*.partial/{which}")))
+    fresh = Fake(4, fits=4)
+    _, rows, images = place.draw(fresh)
+    assert fresh.calls == 2
+    assert [digest_of(images / row.path) for row in rows] == [row.digest for row in rows]
 
 
 def test_a_collapsed_generator_s_set_is_not_sealed(place: Place) -> None:

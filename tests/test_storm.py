@@ -1,4 +1,4 @@
-"""A part of `make storm`: an interrupt from the terminal, and, slow, some runs of both halves."""
+"""A part of `make storm`: an interrupt from the terminal, a request to end, and, slow, some runs of both halves."""
 
 import os
 import signal
@@ -17,7 +17,10 @@ def interrupts_are_heeded() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_an_interrupt_from_the_terminal_ends_a_run_in_order(tmp_path: Path, digits: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_asked_to_end_ends_in_order(
+    tmp_path: Path, digits: Path, number: signal.Signals, code: int
+) -> None:
     place = Place(storm.made(tmp_path / "place"))
     process = storm.start(place)
     seen = place.root / "state" / "stages"
@@ -25,8 +28,11 @@ def test_an_interrupt_from_the_terminal_ends_a_run_in_order(tmp_path: Path, digi
         assert process.poll() is None, (place.root / "log").read_text()
         time.sleep(0.02)
     began = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)  # to the run and to all that it started
-    assert process.wait(120) == 130
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does, to the run and to all that it started
+    else:
+        process.send_signal(number)
+    assert process.wait(120) == code
     assert time.monotonic() - began < 60, "it waited for a server that the interrupt had ended too"
     said = " ".join((place.root / "log").read_text().split())
     assert "nothing sealed is lost - the same command goes on from here" in said

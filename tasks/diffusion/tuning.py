@@ -123,7 +123,7 @@ def tune(
 
     Raises:
         ValueError: no example, or an adapter of another rank.
-        TuningError: a loss or gradient is not finite.
+        TuningError: a loss, gradient or weight is not finite.
     """
     if not examples:
         raise ValueError("tune needs at least one example, got none")
@@ -145,6 +145,8 @@ def tune(
         optimiser.step()
         if progress is not None:
             progress(update + 1, settings.updates)
+    if not all(torch.isfinite(parameter).all() for parameter in parameters):
+        raise TuningError("tuning diverged at its last update; lower tuning.learning_rate")
     return result
 
 

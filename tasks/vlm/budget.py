@@ -5,7 +5,9 @@ after the answer was kept. A kill between the two leaves one answer out of the c
 """
 
 import logging
+import os
 from pathlib import Path
+from typing import BinaryIO
 
 from tasks.records import Usage
 from tasks.vlm.transport import BudgetError, TransportSettings
@@ -60,16 +62,25 @@ class Budget:
         self._paid = Usage.total([self._paid, paid])
         if self._ledger is not None:
             self._ledger.parent.mkdir(parents=True, exist_ok=True)
-            with self._ledger.open("a", encoding="utf-8") as lines:
-                lines.write(paid.model_dump_json() + "\n")
+            with self._ledger.open("ab+") as lines:
+                begin = b"" if _ends_whole(lines) else b"\n"
+                lines.write(begin + paid.model_dump_json().encode() + b"\n")
 
     def _cost(self, usage: Usage) -> float:
         return self._settings.cost(usage) or 0.0
 
 
+def _ends_whole(lines: BinaryIO) -> bool:
+    """Whether the last line does; a kill may have cut it."""
+    if lines.seek(0, os.SEEK_END) == 0:
+        return True
+    lines.seek(-1, os.SEEK_END)
+    return lines.read(1) == b"\n"
+
+
 def _read(ledger: Path) -> list[Usage]:
     paid = []
-    for line in ledger.read_text(encoding="utf-8").splitlines() if ledger.is_file() else ():
+    for line in ledger.read_bytes().splitlines() if ledger.is_file() else ():
         try:
             paid.append(Usage.model_validate_json(line))
         except ValueError:

@@ -1,8 +1,8 @@
 """Answers kept one by one, by the content of the question: a killed run loses only what was under way.
 
-``<folder>/<key[:2]>/<key>.json`` is an :class:`~tasks.vlm.client.Exchange`, written whole by renaming a
-temporary sibling. It is not synced: a killed process loses nothing by that, and after a power cut a damaged
-file counts as missing and is asked for again.
+``<folder>/<key[:2]>/<key>.json`` is an :class:`~tasks.vlm.client.Exchange` and its digest, written whole by
+renaming a temporary sibling. It is not synced: a killed process loses nothing by that, and after a power cut a
+damaged file counts as missing and is asked for again, as does any that is not what was kept.
 """
 
 import logging
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tasks.vlm.claims import ask_once
 from tasks.vlm.client import ChatClient, Exchange, OnReply, Reply, Request, Sampling, request_key
+from tasks.vlm.kept import marked, unmarked
 
 log = logging.getLogger("fscil.vlm")
 
@@ -71,16 +72,20 @@ class CachedClient(ChatClient):
     def _read(self, key: str) -> Reply | None:
         path = self._path(key)
         try:
-            return Exchange.model_validate_json(path.read_bytes()).reply
+            exchange = Exchange.model_validate_json(unmarked(path.read_bytes()))
         except FileNotFoundError:
             return None
         except ValueError:
             log.warning("the cached VLM answer %s is damaged and will be asked for again", path)
             return None
+        if exchange.key != key:
+            log.warning("the cached VLM answer %s is to another question; this one will be asked again", path)
+            return None
+        return exchange.reply
 
     def _write(self, exchange: Exchange) -> None:
         path = self._path(exchange.key)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        temporary.write_text(exchange.model_dump_json() + "\n", encoding="utf-8")
+        temporary.write_text(marked(exchange.model_dump_json()), encoding="utf-8")
         temporary.replace(path)

@@ -9,7 +9,7 @@ be read again but not drawn again.
 import base64
 import hashlib
 import json
-import os
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,12 @@ from tasks.store import write_atomic
 from tasks.vlm.claims import ask_once
 from tasks.vlm.endpoint import Call, Connection, Endpoint, served_models
 from tasks.vlm.failures import BrokenReplyError
+from tasks.vlm.kept import marked, unmarked
 from tasks.vlm.pacing import Backoff
 from tasks.vlm.replies import Images, understood
 from tasks.vlm.transport import TransportSettings, VlmError
+
+log = logging.getLogger("fscil.vlm")
 
 WRITTEN_TOKENS = 4200
 """A first guess at the tokens of one image, for the budget; then the most that any image took."""
@@ -150,7 +153,7 @@ class ImagesApi:
         prompt_of = dict(zip(keys, prompts, strict=True))
 
         def known(key: str) -> bool:
-            return self._file(key, ".json").is_file()
+            return self._kept(key) is not None
 
         def ask(wanted: Sequence[str], kept: Callable[[str], None]) -> None:
             def keep(index: int, drawn: Drawn) -> None:
@@ -166,8 +169,7 @@ class ImagesApi:
     def usage_of(self, prompts: Sequence[str], seeds: Sequence[int]) -> Usage:
         """What these images, drawn before, cost when they were bought."""
         keys = dict.fromkeys(self._key(*one) for one in zip(prompts, seeds, strict=True))
-        texts = [self._file(key, ".json").read_text(encoding="utf-8") for key in keys]
-        return Usage.total(Usage.model_validate_json(text) for text in texts)
+        return Usage.total(usage for key in keys if (usage := self._kept(key)) is not None)
 
     # ------------------------------------------------------------------------------------ one image
 
@@ -210,9 +212,16 @@ class ImagesApi:
         return self._cache / key[:2] / f"{key}{suffix}"
 
     def _keep(self, key: str, drawn: Drawn) -> None:
-        target = self._file(key, ".image")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(drawn.data)
-        temporary.replace(target)
-        write_atomic(self._file(key, ".json"), drawn.usage.model_dump_json() + "\n")
+        write_atomic(self._file(key, ".image"), drawn.data)
+        write_atomic(self._file(key, ".json"), marked(drawn.usage.model_dump_json(), drawn.data))
+
+    def _kept(self, key: str) -> Usage | None:
+        """What an image cost that is here as it was kept; None where it has to be bought."""
+        image, paid = self._file(key, ".image"), self._file(key, ".json")
+        if not paid.is_file():
+            return None
+        try:
+            return Usage.model_validate_json(unmarked(paid.read_bytes(), image.read_bytes()))
+        except (FileNotFoundError, ValueError):
+            log.warning("the image %s, which was paid for, is damaged and will be asked for again", image)
+            return None

@@ -3,6 +3,7 @@
 Each goes on from the sealed stages of the experiment that the session of tests has finished, in a copy of its state.
 """
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from tasks.collapse import CollapseError
 from tasks.diffusion import adapters
 from tasks.diffusion.generator import StableDiffusion
 from tasks.memory import MemoryShortageError
+from tasks.records import EpochRecord
 from tasks.whereabouts import with_place
 from tests.conftest import Place
 
@@ -72,6 +74,19 @@ def test_a_collapsed_adapter_s_images_are_not_sealed_nor_trained_on(
     assert "lower tuning.learning_rate" in said
     assert sealed(place, "regenerate") == drawn
     assert sealed(place, "train_classifier") == trained
+
+
+@pytest.mark.slow
+def test_one_image_of_each_new_class_is_enough_for_a_run(place: Place) -> None:
+    fscil("digits", "guided", 0, place.overrides("dataset.k_shot=1"))
+    epochs = [
+        EpochRecord.model_validate_json(path.read_bytes())
+        for path in sorted(place.run("guided").glob("session-0[12]/epoch-*/record.json"))
+    ]
+    assert len(epochs) >= 2
+    assert all(epoch.tune is not None and epoch.regenerate is not None for epoch in epochs[:1])
+    record = json.loads((place.run("guided") / "experiment.json").read_text())
+    assert len(record["sessions"]) == 3
 
 
 def test_a_tuning_that_does_not_fit_the_memory_says_what_to_lower(

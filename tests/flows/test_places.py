@@ -50,7 +50,7 @@ def test_files_from_the_future_are_neither_computed_anew_nor_thrown_away(
     assert {path: path.stat().st_mtime_ns for path in stages} == stages
     assert place.files("guided") == finished.files("guided")
     found = garbage(place.root / "runs", place.root / "state", 7)
-    collect_garbage(found, place.root / "runs")
+    collect_garbage(found, place.root / "runs", place.root / "state")
     assert all(path.is_file() for path in stages)
     assert (tmp_path / "state" / "stages" / "evaluate" / ("0" * 64)).is_dir(), "its age is not known"
 

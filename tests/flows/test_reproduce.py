@@ -60,6 +60,11 @@ def ran(said: str) -> list[str]:
     return [stage for stage in stages if not stage.startswith("data")]
 
 
+def warm_log(place: Path) -> list[str]:
+    """What the last process says that ran experiments: each writes its log anew."""
+    return (place / ".fscil" / "warm.log").read_text().splitlines()
+
+
 def commit(place: Path, message: str) -> None:
     run(place, "git", "add", "-A")
     run(place, "git", "commit", "--quiet", "--no-verify", "-m", message)
@@ -83,8 +88,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reproduced(clone: Path) -> Path:
     """The clone after its first `dvc repro`, which wrote every row."""
-    said = ran(run(clone, "dvc", "repro"))
-    assert sorted(said) == sorted(["settings", *(f"experiment@digits-{m}-0" for m in METHODS), "tables"])
+    said = run(clone, "dvc", "repro")
+    assert sorted(ran(said)) == sorted(["settings", *(f"experiment@digits-{m}-0" for m in METHODS), "tables"])
+    shown = said[said.index("Running stage 'experiment@digits-fixed_sd-0'") :]
+    assert "session 2: test" in shown, "what one prints that was begun ahead comes under its own stage"
     return clone
 
 
@@ -157,8 +164,7 @@ def test_pushed_here_restored_and_replayed_in_a_second_clone(reproduced: Path, t
 
 
 def test_all_experiments_of_one_reproduction_were_forked_by_one_process(reproduced: Path) -> None:
-    said = (reproduced / ".fscil" / "warm.log").read_text().splitlines()  # each server writes its own anew
-    assert said == [f"cell digits {method} 0: 0" for method in METHODS]
+    assert warm_log(reproduced) == ["cell digits finetune 0: 0", "cell digits fixed_sd 0: 0, begun ahead"]
     assert list((reproduced / ".fscil").glob("warm-*.sock")) == []
     assert processes(Place(reproduced)) == [], "it ended with dvc"
     for method in METHODS:
@@ -166,6 +172,18 @@ def test_all_experiments_of_one_reproduction_were_forked_by_one_process(reproduc
             (reproduced / ".fscil" / "runs" / "digits" / method / "seed-0" / "provenance.json").read_text()
         )
         assert told["command"][1:] == ["cell", "digits", method, "0"]
+
+
+def test_nothing_is_begun_ahead_of_a_stage_that_was_asked_for_by_name(reproduced: Path) -> None:
+    set_params(reproduced, seeds=[0, 8])
+    try:
+        assert ran(run(reproduced, "dvc", "repro", "experiment@digits-finetune-8")) == [
+            "experiment@digits-finetune-8"
+        ]
+        assert warm_log(reproduced) == ["cell digits finetune 8: 0"]
+    finally:
+        set_params(reproduced, seeds=[0])
+    assert set(ran(run(reproduced, "dvc", "repro"))) <= {"settings", "tables"}
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Runs at the same time that have the same questions: each is asked once, by whichever run; a run that dies holds none."""
 
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 from fake_vlm import SETTINGS
 
 from tasks.records import Usage
@@ -119,3 +121,15 @@ def test_an_answer_that_came_meanwhile_is_not_asked_for(tmp_path: Path) -> None:
 
     ask_once(tmp_path, KEYS, lambda key: key == KEYS[2], ask)
     assert asked == [key for key in KEYS if key != KEYS[2]]
+
+
+def test_where_files_cannot_be_locked_each_run_asks_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refused)
+    asked: list[str] = []
+    ask_once(tmp_path, KEYS, lambda key: key in asked, lambda keys, _kept: asked.extend(keys))
+    assert asked == KEYS

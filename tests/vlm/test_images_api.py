@@ -4,6 +4,7 @@ import base64
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,23 @@ def test_what_is_no_image_is_asked_for_again_and_never_kept(act: Act, says: str,
     with providing(act) as provider, pytest.raises(VlmError, match=f"image model at .* sent .*{says}"):
         api(provider, tmp_path, timeout_s=60, max_retries=0).draw(["b"], [1])
     assert len(list(tmp_path.rglob("*.image"))) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[:-9])],
+    ids=["missing", "empty", "cut"],
+)
+@pytest.mark.parametrize("suffix", ["image", "json"])
+def test_an_image_that_is_not_as_it_was_kept_is_bought_again_and_no_other(
+    damage: Callable[[Path], object], suffix: str, tmp_path: Path
+) -> None:
+    with providing() as provider:
+        drawn = api(provider, tmp_path).draw(["a", "b"], [1, 2])
+        damage(min(tmp_path.rglob(f"*.{suffix}")))
+        assert torch.equal(api(provider, tmp_path).draw(["a", "b"], [1, 2]), drawn)
+        assert sorted(provider.billed.values()) == [1, 2]
+        assert api(provider, tmp_path).usage_of(["a", "b"], [1, 2]).calls == 2
 
 
 @pytest.mark.parametrize("usage", [7, {"input_tokens": None, "output_tokens": "many"}])

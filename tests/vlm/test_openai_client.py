@@ -252,6 +252,14 @@ def test_a_damaged_ledger_line_is_left_out(tmp_path: Path) -> None:
     assert priced("http://127.0.0.1:9/v1", tmp_path / "paid").paid == Usage(calls=1, cost=0.5)
 
 
+@pytest.mark.parametrize("cut", [b'{"calls": 1, "co', b"\xff\xfe\n"])
+def test_what_is_paid_after_a_damaged_line_counts(tmp_path: Path, cut: bytes) -> None:
+    (tmp_path / "paid").write_bytes(Usage(calls=1, cost=0.5).model_dump_json().encode() + b"\n" + cut)
+    with providing() as provider:
+        priced(provider.base_url, tmp_path / "paid").complete(questions(1)[0])
+    assert priced("http://127.0.0.1:9/v1", tmp_path / "paid").paid.calls == 2
+
+
 @pytest.mark.parametrize("known", [{}, {"price_in": 1.0}, {"price_out": 1.0}])
 def test_a_limit_without_prices_is_refused(known: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"vlm\.max_cost=5 needs prices"):

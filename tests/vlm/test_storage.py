@@ -122,6 +122,27 @@ def test_a_damaged_answer_is_asked_again_and_mended(tmp_path: Path) -> None:
     assert judge(CachedClient(idle, tmp_path)) == expected
 
 
+def test_an_answer_in_which_a_letter_was_changed_is_asked_again(tmp_path: Path) -> None:
+    expected = judge(CachedClient(FakeVlm(NAMES), tmp_path))
+    for damaged in sorted(tmp_path.rglob("*.json"))[:2]:
+        data = damaged.read_bytes()
+        at = data.index(b'"text":"', data.index(b'"reply"')) + len(b'"text":"')
+        damaged.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    vlm = FakeVlm(NAMES)
+    assert judge(CachedClient(vlm, tmp_path)) == expected
+    assert len(vlm.asked) == 2
+
+
+def test_an_answer_to_another_question_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = judge(CachedClient(FakeVlm(NAMES), tmp_path))
+    one, other = sorted(tmp_path.rglob("*.json"))[:2]
+    one.write_bytes(other.read_bytes())
+    vlm = FakeVlm(NAMES)
+    assert judge(CachedClient(vlm, tmp_path)) == expected
+    assert len(vlm.asked) == 1
+    assert f"{one} is to another question" in caplog.text
+
+
 # ------------------------------------------------------------------------------------------ transcripts
 
 

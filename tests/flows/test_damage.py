@@ -1,0 +1,81 @@
+"""A run whose files were damaged since: what was is named, it alone is computed again, and the results are the same."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flows.experiment import fscil
+from tests.conftest import Place
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def halved(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damaged", "damage"),
+    [
+        ("tune_lora/*/adapter/*.safetensors", flipped),
+        ("regenerate/*/images/*/*.png", flipped),
+        ("regenerate/*/manifest.jsonl", halved),
+        ("train_classifier/*/record.json", halved),
+        ("evaluate/*/record.json", flipped),
+    ],
+)
+def test_a_damaged_stage_is_named_and_computed_again_and_no_other(
+    finished: Place,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damaged: str,
+    damage: Callable[[Path], None],
+) -> None:
+    shutil.copytree(finished.root / "state", tmp_path / "state")
+    place = Place(tmp_path)
+    stages = place.root / "state" / "stages"
+    file = min(stages.glob(damaged))
+    content = file.read_bytes()
+    damage(file)
+    before = {path: path.stat().st_mtime_ns for path in stages.glob("*/*/record.json")}
+    with caplog.at_level(logging.WARNING, logger="fscil.store"):
+        fscil("digits", "guided", 0, place.overrides())
+    stage = file.relative_to(stages).parts[:2]
+    assert f"sealed stage {'/'.join(stage)} is damaged" in caplog.text
+    after = {path: path.stat().st_mtime_ns for path in stages.glob("*/*/record.json")}
+    assert [path.relative_to(stages).parts[:2] for path in before if after[path] != before[path]] == [stage]
+    assert file.read_bytes() == content
+    assert place.files("guided") == finished.files("guided")
+
+
+def test_a_damaged_answer_is_asked_for_again_and_no_other(
+    finished: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(finished.root / "state", tmp_path / "state")
+    place = Place(tmp_path)
+    shutil.rmtree(place.root / "state" / "stages" / "vlm_compare")
+    answers = {path: path.stat().st_mtime_ns for path in place.root.glob("state/vlm/**/*.json")}
+    flipped(min(answers))
+    fscil("digits", "guided", 0, place.overrides())
+    assert f"the cached VLM answer {min(answers)} is damaged and will be asked for again" in caplog.text
+    assert [path for path, at in answers.items() if path.stat().st_mtime_ns != at] == [min(answers)]
+    assert place.files("guided") == finished.files("guided")
+
+
+@pytest.mark.parametrize("damaged", ["session-*/record.json", "session-*/epoch-*/transcript.jsonl"])
+def test_damaged_results_are_written_again(finished: Place, tmp_path: Path, damaged: str) -> None:
+    shutil.copytree(finished.root / "state", tmp_path / "state")
+    place = Place(tmp_path)
+    fscil("digits", "guided", 0, place.overrides())
+    file = min(place.run("guided").glob(damaged))
+    file.chmod(0o644)
+    halved(file)
+    fscil("digits", "guided", 0, place.overrides())
+    assert place.files("guided") == finished.files("guided")
