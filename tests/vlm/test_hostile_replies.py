@@ -13,6 +13,7 @@ from tasks.vlm.cache import CachedClient
 from tasks.vlm.cassette import write_transcript
 from tasks.vlm.client import Exchange, Message, Request, VlmSettings
 from tasks.vlm.coordinator import Coordinator
+from tasks.vlm.kept import unmarked
 from tasks.vlm.openai_client import CHARS_PER_TOKEN, OpenAiClient
 from tasks.vlm.prompts import clean_prompt, parse_answer
 from tasks.vlm.transport import VlmError, VlmUnavailableError
@@ -43,7 +44,7 @@ def test_a_hostile_text_is_kept_as_text_and_paid_once(text: str, tmp_path: Path)
         assert sum(provider.billed.values()) == 1
     assert len(reply.text) <= CHARS_PER_TOKEN * 1000
     assert not any(mark in reply.text for mark in "\0\x1b\x07\x85\x9b\u2028\u202e\u2066")
-    (kept,) = (Exchange.model_validate_json(file.read_bytes()) for file in tmp_path.rglob("*.json"))
+    (kept,) = (Exchange.model_validate_json(unmarked(file.read_bytes())) for file in tmp_path.rglob("*.json"))
     assert kept.reply == reply
 
 
