@@ -8,6 +8,7 @@ seconds, before the process may end, so those that a lost server has not got are
 """
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty
@@ -17,6 +18,9 @@ import httpx
 
 NO_WAY = (ConnectionError, TimeoutError, gaierror)
 """Beneath httpx's errors, of the same lost server."""
+
+FULL = 16 * 2**20
+"""Bytes on a disk below which a database may fail."""
 
 log = logging.getLogger("fscil.prefect")
 
@@ -60,9 +64,10 @@ def told_if_lost(url: str, known: Callable[[], tuple[type[Exception], ...]]) -> 
         _drop_events()
         first = _before(error, known())
         also = f"{first}; besides, " if first else ""
+        broken = isinstance(error, httpx.HTTPStatusError)
         raise ServerLostError(
-            f"{also}the Prefect server at {url} does not answer any more "
-            f"({type(error).__name__}: {error}); nothing sealed is lost - the same command goes on from here"
+            f"{also}the Prefect server at {url} {'fails' if broken else 'does not answer any more'} "
+            f"({type(error).__name__}: {error}){_full_disk()}; nothing sealed is lost - the same command goes on from here"
         ) from error
 
 
@@ -78,6 +83,20 @@ def extra(what: str) -> Iterator[None]:
 def _lost(error: Exception) -> bool:
     """Prefect's client raises httpx's errors, and a RuntimeError where it greets a server in vain."""
     return isinstance(error, httpx.HTTPError) or "Failed to reach API" in str(error)
+
+
+def _full_disk() -> str:
+    """What to do where the disk of this machine's Prefect database is full, which a server tells nobody."""
+    from prefect.settings import PREFECT_HOME
+
+    home = PREFECT_HOME.value()
+    with suppress(OSError):
+        if (free := shutil.disk_usage(home).free) < FULL:
+            return (
+                f"; the disk of Prefect's database, {home}, has {free / 2**20:.0f} MiB left: make room there, "
+                "or set PREFECT_HOME to a folder on another one"
+            )
+    return ""
 
 
 def _before(error: BaseException, known: tuple[type[Exception], ...]) -> BaseException | None:

@@ -18,24 +18,37 @@ NEVER = {
 WITHOUT_WEIGHTS = ("Tokenizer", "Processor", "Config", "Scheduler")  # what from_pretrained reads as JSON
 
 
+def imported(tree: ast.Module) -> dict[str, str]:
+    """What each name that an import makes stands for."""
+    known: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {name.asname: name.name for name in node.names if name.asname}
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            known |= {name.asname or name.name: f"{node.module}.{name.name}" for name in node.names}
+    return known
+
+
 def faults(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Line and reason of each thing that could run or unpack what others made."""
+    known = imported(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             if found := PICKLES & {name.split(".")[0] for name in names}:
                 yield node.lineno, f"imports {found.pop()}"
-        if isinstance(node, ast.Call) and (why := _call(node)) is not None:
+        if isinstance(node, ast.Call) and (why := _call(node, known)) is not None:
             yield node.lineno, why
 
 
-def _call(node: ast.Call) -> str | None:
-    called = ast.unparse(node.func)
+def _call(node: ast.Call, known: dict[str, str]) -> str | None:
+    begin, dot, rest = ast.unparse(node.func).partition(".")
+    called = known.get(begin, begin) + dot + rest
     given = {k.arg: ast.unparse(k.value) for k in node.keywords}
     first, last = called.split(".")[0], called.rpartition(".")[2]
     if called in NEVER:
         return called
-    if called in ("torch.load", "th.load") and given.get("weights_only") != "True":
+    if called == "torch.load" and given.get("weights_only") != "True":
         return "torch.load without weights_only=True"
     if last == "load" and first in ("np", "numpy") and given.get("allow_pickle", "False") != "False":
         return "np.load with pickles"
@@ -79,6 +92,10 @@ def test_nothing_unpickles_evaluates_or_runs_what_others_made() -> None:
         "from joblib import load",
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
+        "import torch as t; t.load(path)",
+        "from torch import load; load(path)",
+        "from yaml import load as read; read(text, Loader)",
+        "from os import system; system(text)",
         "np.load(path, allow_pickle=True)",
         "yaml.load(text, Loader=yaml.Loader)",
         "eval(text)",

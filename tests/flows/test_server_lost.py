@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import httpx
@@ -153,6 +154,20 @@ def test_the_error_that_could_not_be_reported_comes_first() -> None:
         told_if_lost("http://127.0.0.1:1/api", known_errors),
     ):
         reporting()
+
+
+def test_a_full_disk_of_its_database_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 2**20))
+    request = httpx.Request("POST", "http://127.0.0.1:1/api/logs")
+    failed = httpx.HTTPStatusError("500", request=request, response=httpx.Response(500, request=request))
+    with (
+        pytest.raises(
+            ServerLostError,
+            match=r"at http://127\.0\.0\.1:1/api fails .*has 3 MiB left: make room .*nothing sealed is lost",
+        ),
+        told_if_lost("http://127.0.0.1:1/api", known_errors),
+    ):
+        raise failed
 
 
 def test_other_errors_stay_as_they_are() -> None:
