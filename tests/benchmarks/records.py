@@ -1,4 +1,4 @@
-"""Reading back what long runs leave: the report and a trace, at ten, a hundred and a thousand epochs.
+"""Reading back what long runs leave: the report, a trace and the list of stages, at ten, a hundred and a thousand epochs.
 
 The runs are fabricated: three classes, two images a class and epoch, every kind of file that a real run leaves.
 Promised is that an epoch costs no more in a long run than in a short one, within half of it: then nothing is read
@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from flows.report import build
+from flows.restore import garbage
 from flows.trace import trace
 from tests.benchmarks.measuring import Call, Plan, Row
 from tests.helpers import fabricate_run
@@ -28,6 +29,9 @@ def rows(plan: Plan) -> Iterator[Row]:
             fabricate_run(place, epochs=epochs // 2)  # of each of two sessions
         yield _row("the report on a run", few.race({n: _report(place) for n, place in places.items()}))
         yield _row("the trace of its last image", few.race({n: _trace(place) for n, place in places.items()}))
+        yield _row(
+            "the list of its sealed stages", few.race({n: _list(place) for n, place in places.items()})
+        )
 
 
 def _report(place: Path) -> Call:
@@ -42,6 +46,11 @@ def _trace(place: Path) -> Call:
     last = max(place.glob("runs/digits/guided/seed-0/session-01/epoch-*/images"))
     image = min(last.rglob("*.png"))
     return lambda: trace(str(image), place / "runs", place / "state")
+
+
+def _list(place: Path) -> Call:
+    """What `fscil gc` reads: every stage that a run names, beside every one that is there."""
+    return lambda: garbage(place / "runs", place / "state", 0)
 
 
 def _row(what: str, seconds: Mapping[int, float]) -> Row:

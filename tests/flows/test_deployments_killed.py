@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import QUICK, Place
+from tests.crowd import twice
 from tests.deployment import Clone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -75,7 +76,8 @@ def up(clone: Clone) -> None:
 def test_the_same_call_goes_on_after_a_kill(clone: Clone, service: str, stage: str, finished: Place) -> None:
     up(clone)
     clone.forget_runs()
-    started(clone, 0)
+    apart = f"tracking.experiment=killed-{service}"
+    started(clone, 0, apart)
     until(lambda: list((clone.root / STARTED / stage).glob("*.partial")))
     kill_group(clone, service)
     before = sealed(clone)
@@ -83,7 +85,10 @@ def test_the_same_call_goes_on_after_a_kill(clone: Clone, service: str, stage: s
     up(clone)
     until(lambda: ended(clone, 0) or not clone.working(), 900)  # a run waits a while for its server
     if not ended(clone, 0):
-        started(clone, 0)
+        started(clone, 0, apart)
         until(lambda: ended(clone, 0))
     assert {path: path.stat().st_mtime_ns for path in before} == before, "something sealed was computed again"
+    until(lambda: not clone.working())
     assert Place(clone.root).files("guided") == finished.files("guided")
+    assert twice(Place(clone.root)) == [], "MLflow has a point twice"
+    assert list((clone.root / STARTED).glob("*/*.partial")) == []
