@@ -7,22 +7,28 @@ the method never looks at, and the code. So DVC knows what a change concerns wit
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from flows.config import CONFIGS, PROJECT, ConfigError, ExperimentConfig, choices, load_config
 from tasks.datasets.benchmark import build_benchmark
 from tasks.datasets.digits import write_digits
 from tasks.records import ExperimentRecord, Frozen
-from tasks.store import write_json
+from tasks.store import digest_of, write_json
 from tasks.versions import Versions
 
 PARAMS = PROJECT / "params.yaml"
 REPORTS = Path("reports")
+LOCK = Path("dvc.lock")
+
+Cell = tuple[str, str, int]
+"""An experiment of the profile: data set, method, seed."""
 
 
 class Profile(Frozen):
@@ -48,7 +54,7 @@ def read_profile(path: Path = PARAMS) -> Profile:
     """
     try:
         return Profile.model_validate(yaml.safe_load(path.read_text("utf-8")))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} is no profile ({error}); take one of configs/profile: make profile PROFILE=miniature"
         ) from error
@@ -163,3 +169,40 @@ def write_cell(record: ExperimentRecord, out: Path = REPORTS) -> Path:
     target = cell_file(record.dataset, record.method, record.seed, out)
     write_json(target, rounded | spent)
     return target
+
+
+# ------------------------------------------------------------------------------------------ what DVC is about to do
+
+
+def will_run(cell: Cell, ran: Iterable[Cell], out: Path = REPORTS, lock: Path = LOCK) -> bool:
+    """Whether `dvc repro` is going to run an experiment, as far as can be told without reading all that it depends on.
+
+    Args:
+        cell: the experiment.
+        ran: those that it has run already; what dvc.lock says of their dependencies is so now.
+        out: where reports are.
+        lock: dvc.lock.
+    """
+    if not cell_file(*cell, out).exists():
+        return True
+    stages = _locked(lock, lock.stat().st_mtime_ns) if lock.is_file() else {}
+    now = {path: digest for one in ran for path, digest in stages.get(one, {}).items()}
+    for file in (out / "data" / f"{cell[0]}.json", out / "settings" / cell[0] / f"{cell[1]}.json"):
+        if file.is_file():
+            now[file.as_posix()] = digest_of(file)
+    known = stages.get(cell)
+    return known is None or any(now.get(path, digest) != digest for path, digest in known.items())
+
+
+@lru_cache(maxsize=1)
+def _locked(lock: Path, _changed: int) -> dict[Cell, dict[str, str]]:
+    """What each experiment depended on when it was run: digests by path."""
+    with suppress(OSError, yaml.YAMLError, ValueError, LookupError, TypeError):
+        stages = yaml.safe_load(lock.read_text("utf-8"))["stages"].values()
+        commands = [(stage["cmd"].split(), stage.get("deps", ())) for stage in stages]
+        return {
+            (words[4], words[5], int(words[6])): {dep["path"]: dep["md5"] for dep in deps}
+            for words, deps in commands
+            if words[:4] == ["python", "-m", "flows", "cell"]
+        }
+    return {}

@@ -15,11 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from flows.cli import EXIT_FAILED, EXIT_TERMINATED, Terminated, fail, terminable
 
-START_S, POLL_S = 120, 0.05
+START_S, ENDING_S, POLL_S = 120, 60, 0.05
 
 turn: socket.socket | None = None
 """Of an experiment that was begun ahead: where it asks the server whether it may write down what it came to."""
@@ -37,27 +38,25 @@ def run_warm(arguments: Sequence[str]) -> int | None:
         arguments: of ``fscil``.
 
     Returns:
-        Its exit code; None where there is no such server: not below DVC, or not on this system.
+        Its exit code; None where there is no such server: not below DVC, not on this system, or of other code or settings.
     """
     if "DVC_STAGE" not in os.environ or not hasattr(os, "pidfd_open"):
         return None
-    dvc = _dvc()
     try:
+        if (dvc := _dvc()) is None:
+            return None
         watched = os.pidfd_open(dvc)
+        if _dvc() != dvc:
+            return EXIT_TERMINATED
     except OSError:
         return EXIT_TERMINATED  # DVC has gone
     try:
-        with _connected(dvc) as server:
-            given = {"arguments": list(arguments), "program": sys.argv[0], "environment": dict(os.environ)}
-            message = json.dumps(given).encode()
-            socket.send_fds(
-                server, [len(message).to_bytes(8, "big")], [sys.stdout.fileno(), sys.stderr.fileno()]
-            )
-            server.sendall(message)
-            return _waited(server)
+        server = _handed_over(dvc, arguments)
     except OSError:
         threading.Thread(target=_end_with, args=[watched], daemon=True).start()
         return None
+    with server:
+        return _waited(server)
 
 
 def await_turn() -> None:
@@ -78,12 +77,45 @@ def _end_with(watched: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _dvc() -> int:
-    """The process that runs the stages: this one's parent, or that one's if it is a shell."""
+def _dvc() -> int | None:
+    """The process that runs the stages: this one's parent, or that one's if it is a shell; None if it is no ``dvc``.
+
+    Raises:
+        OSError: it has gone.
+    """
     parent = os.getppid()
-    if b"-m flows" in Path(f"/proc/{parent}/cmdline").read_bytes():
+    if b"-m flows" in (said := _command_line(parent)):
         parent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
-    return parent
+        said = _command_line(parent)
+    if b"dvc" in said:
+        return parent
+    if parent == 1:
+        raise ProcessLookupError("orphaned")
+    return None
+
+
+def _command_line(process: int) -> bytes:
+    return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ")
+
+
+def _handed_over(dvc: int, arguments: Sequence[str]) -> socket.socket:
+    """A connection to the server of this `dvc` process, which has taken the command over.
+
+    Raises:
+        OSError: there is none, or it is not one of the code and settings as they are now.
+    """
+    given = {"arguments": list(arguments), "program": sys.argv[0], "environment": dict(os.environ)}
+    message = json.dumps(given).encode()
+    server = _connected(dvc)
+    try:
+        socket.send_fds(server, [len(message).to_bytes(8, "big")], [sys.stdout.fileno(), sys.stderr.fileno()])
+        server.sendall(message)
+        if not server.recv(1):
+            raise ConnectionError("it was not taken over")
+    except BaseException:
+        server.close()
+        raise
+    return server
 
 
 def _connected(dvc: int) -> socket.socket:
@@ -95,6 +127,7 @@ def _connected(dvc: int) -> socket.socket:
         return connection
     except OSError:
         path.unlink(missing_ok=True)
+    _await_the_end_of_others(path.parent)
     with path.with_name("warm.log").open("wb") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.warm_server", str(dvc)],
@@ -110,6 +143,28 @@ def _connected(dvc: int) -> socket.socket:
     raise OSError("the server did not start")
 
 
+def _await_the_end_of_others(folder: Path) -> None:
+    """Give the servers of `dvc` processes that have ended the time to end what works for them: it may be the same run."""
+    until = time.monotonic() + ENDING_S
+    for path in folder.glob("warm-*.sock"):
+        while not _runs(path) and time.monotonic() < until:
+            with socket.socket(socket.AF_UNIX) as connection:
+                try:
+                    connection.connect(str(path))
+                except OSError:
+                    path.unlink(missing_ok=True)
+                    break
+            time.sleep(POLL_S)
+
+
+def _runs(path: Path) -> bool:
+    """Whether the `dvc` process does that the socket is named after."""
+    try:
+        return b"dvc" in _command_line(int(path.stem.partition("-")[2]))
+    except (OSError, ValueError):
+        return False
+
+
 def _waited(server: socket.socket) -> int:
     """Pass on what this process is asked to do until the other one has ended."""
     with terminable():
@@ -117,6 +172,13 @@ def _waited(server: socket.socket) -> int:
             try:
                 if code := server.recv(8):
                     return int.from_bytes(code, "big")
-                return fail(ConnectionError("the process that runs the experiments died"), EXIT_FAILED)
+                return _died()
+            except OSError:
+                return _died()
             except KeyboardInterrupt as stop:
-                server.send(bytes([signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT]))
+                with suppress(OSError):
+                    server.send(bytes([signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT]))
+
+
+def _died() -> int:
+    return fail(ConnectionError("the process that runs the experiments died"), EXIT_FAILED)

@@ -3,6 +3,8 @@
 It keeps one Prefect server, lives as long as the `dvc` process, and ends what works for it. DVC runs one stage after
 another. Where the profile says that several experiments run at a time (``at_once``), those that DVC will ask for
 next are begun meanwhile; what they print is shown when it asks. Each then has its share of the processor's threads.
+
+Who comes after code or settings were changed is sent away and runs by itself: this process is made of the old ones.
 """
 
 import ctypes
@@ -13,17 +15,20 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from flows import warm
 from flows.cli import quieten
 from flows.own_server import keep_server
+
+if TYPE_CHECKING:
+    from flows.reproduce import Cell, Profile
 
 IMPORTED = (
     "flows.experiment",
@@ -37,8 +42,15 @@ IMPORTED = (
 PR_SET_PDEATHSIG = 1
 """Of Linux, see prctl(2)."""
 
+ASKED = {signal.SIGINT, signal.SIGTERM}
+
+ORDERLY_S = 60.0
+"""What an experiment may take to end once it was asked to."""
+
 SHOWN_S = 0.2
 """How often what an experiment prints that was begun ahead is shown, once it is asked for."""
+
+Source = tuple[str, int, int]
 
 _kept: list[ExitStack] = []
 
@@ -58,12 +70,19 @@ class Job:
     streams: list[int] = field(default_factory=list)
     shown: int = 0
     stopped: bool = False
+    gone: bool = False  # has ended, and is not reaped yet
 
     @property
     def sources(self) -> list[int]:
         """Descriptors at which something may happen."""
-        waiting = [] if self.turn is None or self.waits else [self.turn.fileno()]
-        return [self.ended, *waiting, *([self.client.fileno()] if self.client else [])]
+        ending = [] if self.gone else [self.ended]
+        waiting = [] if self.turn is None or self.waits or self.gone else [self.turn.fileno()]
+        return [*ending, *waiting, *([self.client.fileno()] if self.client else [])]
+
+    @property
+    def shows(self) -> bool:
+        """Whether somebody wants to see what it prints into a file."""
+        return self.said is not None and self.client is not None
 
     def ask(self, client: socket.socket, streams: list[int]) -> None:
         """DVC wants it now."""
@@ -73,20 +92,27 @@ class Job:
                 os.close(stream)
         else:
             self.streams = streams
-            self.turn.send(b"!")
+            with suppress(OSError):  # it has ended this moment
+                self.turn.send(b"!")
 
     def attend(self, ready: list[int]) -> None:
-        """Pass signals on, note that it waits, show what it prints."""
+        """Pass signals on, note that it waits or has ended, show what it prints."""
         if self.turn is not None and self.turn.fileno() in ready and not self.waits:
-            self.waits = bool(self.turn.recv(1))
+            with suppress(OSError):  # it has ended
+                self.waits = bool(self.turn.recv(1))
         if self.client is not None and self.client.fileno() in ready:
-            if asked := self.client.recv(1):
+            if asked := _word_of(self.client):
                 self.stop(asked[0])
             else:  # who asked was killed
                 self.client.close()
                 self.client = None
                 self.stop()
+        self.gone = self.gone or self.has_ended()
         self.show()
+
+    def has_ended(self) -> bool:
+        """Whether there is only its exit code left of it."""
+        return bool(select.select([self.ended], [], [], 0)[0])
 
     def stop(self, number: int = signal.SIGTERM) -> None:
         """Send a signal; one that is ending already would take a second request to end for impatience."""
@@ -95,20 +121,26 @@ class Job:
                 os.kill(self.child, number)
         self.stopped = True
 
-    def show(self) -> None:
-        """Print what it has printed since."""
-        while self.said is not None and self.streams:
-            if not (more := os.pread(self.said.fileno(), 1 << 16, self.shown)):
-                return
-            self.shown += len(more)
-            with suppress(OSError):  # who asked may have gone
-                os.write(self.streams[0], more)
+    def show(self) -> bool:
+        """Print what it has printed since, as far as the reader takes it; whether that is all."""
+        while self.shows:
+            assert self.said is not None
+            if not (more := os.pread(self.said.fileno(), select.PIPE_BUF, self.shown)):
+                break
+            try:
+                if not select.select([], self.streams[:1], [], 0)[1]:
+                    return False
+                self.shown += os.write(self.streams[0], more)
+            except OSError:  # who reads has gone
+                break
+        return True
 
     def reap(self) -> int:
         """Its exit code, once it has ended; told to who asked."""
+        if not select.select([self.ended], [], [], ORDERLY_S if self.stopped else None)[0]:
+            os.kill(self.child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
         code = code if code >= 0 else 128 - code
-        self.show()
         if self.client is not None:
             with suppress(OSError):
                 self.client.send(code.to_bytes(8, "big"))
@@ -124,9 +156,13 @@ class Job:
 class Server:
     """Forks for each experiment that is asked for, and for those that will be."""
 
-    def __init__(self, dvc: int, at_once: int) -> None:
-        """Args: dvc: whose stages these are; at_once: experiments that may be under way."""
-        self._dvc, self._at_once = dvc, at_once
+    def __init__(self, dvc: int, made_from: list[Source], profile: "Profile", ahead: bool) -> None:
+        """Args: dvc: whose stages these are; made_from: code and settings; ahead: whether DVC will ask for all of them."""
+        self._dvc, self._made_from = dvc, made_from
+        self._at_once = profile.at_once if ahead else 1
+        self._order = list(product(profile.datasets, profile.methods, profile.seeds))
+        self._next = 0  # in that order, after the last that was asked for
+        self._ran: list[Cell] = []
         self._path = warm.socket_of(dvc)
         self._watched = os.pidfd_open(dvc)
         self._jobs: dict[str, Job] = {}
@@ -148,7 +184,7 @@ class Server:
                 return forked
             for job in list(self._jobs.values()):
                 job.attend(ready)
-                if job.ended in ready:
+                if job.gone and job.show():
                     self._end(job)
             if forked := self._begin_ahead():
                 return forked
@@ -156,13 +192,13 @@ class Server:
             job.stop()
         for job in self._jobs.values():
             job.reap()
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
         return None
 
     def _ready(self) -> list[int]:
         sources = [self._watched, self._listening.fileno()]
         sources += [source for job in self._jobs.values() for source in job.sources]
-        shows = any(job.said is not None and job.client is not None for job in self._jobs.values())
+        shows = any(job.shows for job in self._jobs.values())
         return select.select(sources, [], [], SHOWN_S if shows else None)[0]
 
     def _accept(self) -> dict[str, Any] | None:
@@ -172,21 +208,53 @@ class Server:
         except (OSError, ValueError):  # of one that was killed on its way in
             connection.close()
             return None
-        self._given, name = given, " ".join(given["arguments"])
-        if (job := self._jobs.get(name)) is None and (job := self._forked(name)) is None:
+        name = " ".join(given["arguments"])
+        if made_from() != self._made_from:
+            self._dismiss(lambda job: not job.asked)
+            connection.close()  # it runs by itself
+            return None
+        self._given = given
+        if (cell := _cell_of(name)) in self._order:
+            self._next = self._order.index(cell) + 1
+            passed = {name_of(*earlier) for earlier in self._order[: self._next - 1]}
+            self._dismiss(lambda job: not job.asked and job.name in passed)
+        self._dismiss(lambda job: job.name == name and (job.stopped or job.has_ended()))
+        try:
+            job = self._jobs.get(name) or self._forked(name)
+        except OSError as error:  # no room for another process
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            connection.close()
+            return None
+        if job is None:
             return {**given, "streams": streams}
         job.ask(connection, streams)
+        with suppress(OSError):  # it was killed meanwhile, which the job will notice
+            connection.send(b"+")
         return None
 
+    def _dismiss(self, those: Callable[[Job], bool]) -> None:
+        """End jobs that nobody will ask for, or that are begun anew."""
+        gone = [job for job in self._jobs.values() if those(job)]
+        for job in gone:
+            job.stop()
+        for job in gone:
+            self._end(job)
+
     def _forked(self, name: str, said: IO[bytes] | None = None) -> Job | None:
-        """A new job; None in the process that is to do it."""
+        """A new job; None in the process that is to do it.
+
+        Raises:
+            OSError: the system allows no other process.
+        """
         ours, its = socket.socketpair() if said is not None else (None, None)
         server = os.getpid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)  # until the other one is what it is to become
         if (child := os.fork()) == 0:
             _end_with_the_server(server)
             warm.turn = its
             self._forget(ours)
             return None
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
         if its is not None:
             its.close()
         self._jobs[name] = Job(name, child, os.pidfd_open(child), said, ours)
@@ -207,18 +275,26 @@ class Server:
         code = job.reap()
         del self._jobs[job.name]
         self._done.add(job.name)  # one that failed ahead is begun anew when it is asked for
-        if code:
+        if code and (job.asked or not job.stopped):
             self._at_once = 1  # DVC will end
+        if not code and job.asked and (cell := _cell_of(job.name)):
+            self._ran.append(cell)
         how = "" if job.said is None else ", begun ahead" if job.asked else ", begun ahead and not asked for"
         print(f"{job.name}: {code}{how}", file=sys.stderr, flush=True)
 
     def _begin_ahead(self) -> dict[str, Any] | None:
         """Begin the next experiments; in a forked process what it is to become."""
         while self._at_once > 1 and self._given and self._room():
-            if (name := next(self._to_come(), None)) is None:
+            if (name := next(self._to_come(), None)) is None or made_from() != self._made_from:
                 return None
-            said = tempfile.TemporaryFile()  # noqa: SIM115 - the job closes it
-            if self._forked(name, said) is None:
+            try:
+                said = tempfile.TemporaryFile()  # noqa: SIM115 - the job closes it
+                job = self._forked(name, said)
+            except OSError as error:
+                print(f"nothing more is begun ahead: {error}", file=sys.stderr, flush=True)
+                self._at_once = 1
+                return None
+            if job is None:
                 streams = [os.dup(said.fileno()), os.dup(said.fileno())]
                 return {**self._given, "arguments": name.split(" "), "streams": streams}
         return None
@@ -227,18 +303,57 @@ class Server:
         """Whether another one may be begun: so many work at once, and no more wait for their turn."""
         working = sum(job.asked or not job.waits for job in self._jobs.values())
         unasked = sum(not job.asked for job in self._jobs.values())
-        return working < self._at_once and unasked < self._at_once
+        ending = any(job.asked and job.stopped for job in self._jobs.values())
+        return working < self._at_once and unasked < self._at_once and not ending
 
     def _to_come(self) -> Iterator[str]:
         """What DVC will ask for, in its order."""
-        from flows.reproduce import cell_file, read_profile
+        from flows.reproduce import will_run
 
-        profile = read_profile()
-        for dataset, method, seed in product(profile.datasets, profile.methods, profile.seeds):
-            name = f"cell {dataset} {method} {seed}"
-            known = name in self._jobs or name in self._done
-            if not known and not cell_file(dataset, method, seed).exists():
+        for cell in self._order[self._next :]:
+            name = name_of(*cell)
+            if name not in self._jobs and name not in self._done and will_run(cell, self._ran):
                 yield name
+
+
+def name_of(dataset: str, method: str, seed: int) -> str:
+    """The command of an experiment."""
+    return f"cell {dataset} {method} {seed}"
+
+
+def _cell_of(name: str) -> "Cell | None":
+    """The experiment of a command; None of another command."""
+    words = name.split(" ")
+    return (
+        (words[1], words[2], int(words[3]))
+        if words[0] == "cell" and words[3:] and words[3].isdigit()
+        else None
+    )
+
+
+def made_from() -> list[Source]:
+    """Code and settings as they are now: names, times and sizes of files."""
+    top = Path(__file__).parents[1]
+    listed = (
+        top.glob("flows/*.py"),
+        top.glob("tasks/**/*.py"),
+        top.glob("configs/**/*.yaml"),
+        [top / "params.yaml"],
+    )
+    found = []
+    for file in chain.from_iterable(listed):
+        with suppress(OSError):
+            about = file.stat()
+            found.append((str(file), about.st_mtime_ns, about.st_size))
+    return sorted(found)
+
+
+def _word_of(client: socket.socket) -> bytes:
+    """What it says, which is nothing if it was killed."""
+    try:
+        return client.recv(1)
+    except OSError:
+        return b""
 
 
 def all_stages(dvc: int) -> bool:
@@ -284,16 +399,18 @@ def _become(given: dict[str, Any]) -> None:
 def main(dvc: int) -> int:
     """Be the server; in a forked process, the experiment."""
     quieten()
+    as_begun = made_from()
     for name in IMPORTED:
         import_module(name)
     from flows.reproduce import read_profile
 
     with ExitStack() as kept:
         keep_server(kept)
-        server = Server(dvc, read_profile().at_once if all_stages(dvc) else 1)
+        server = Server(dvc, as_begun, read_profile(), all_stages(dvc))
         if (given := server.serve()) is None:
             return 0
         _kept.append(kept.pop_all())  # the server ends what is in it; its address stays known here
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
     _become(given)
     from flows.__main__ import main as run
 

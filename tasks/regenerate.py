@@ -6,7 +6,7 @@ Writes:  images/<class name>/<slot>.<format>  manifest.jsonl, shard by shard, so
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -136,8 +136,9 @@ def _draw_shards(
         return _row(context, epoch, folder, generator.format, slots[number], seeds[number])
 
     batch = _batch_so_far(folder, generator.batch)
-    _drop_damaged(folder, batch, row_of)
     starts = range(0, len(slots), generator.batch)
+    held = {start: range(start, min(start + generator.batch, len(slots))) for start in starts}
+    _drop_damaged(folder, batch, held, row_of)
     order = Order(context=context, generator=generator, adapter=adapter)
     place = f"session {context.session} epoch {epoch}"
     with stage_bar("drawing", place, "image", len(slots)) as at:
@@ -171,14 +172,16 @@ def _marker(folder: Path, batch: int, start: int) -> Path:
     return folder / f"shard-{batch}-{start:06d}.jsonl"
 
 
-def _drop_damaged(folder: Path, batch: int, row_of: Callable[[int], AugmentedImage]) -> None:
+def _drop_damaged(
+    folder: Path, batch: int, held: Mapping[int, range], row_of: Callable[[int], AugmentedImage]
+) -> None:
     """Forget shards of an attempt that was cut off which are not what was drawn; they are drawn again."""
     for marker in folder.glob(f"shard-{batch}-*.jsonl"):
         start = int(marker.stem.split("-")[2])
         try:
             rows = read_lines(marker, AugmentedImage)
-            whole = len(rows) > 0 and rows == [row_of(start + n) for n in range(len(rows))]
-        except (StoreError, IndexError):
+            whole = rows == [row_of(number) for number in held[start]]
+        except (StoreError, KeyError):
             whole = False
         if not whole:
             log.warning("%s of an attempt that was cut off is damaged and will be drawn again", marker)

@@ -213,6 +213,7 @@ def make_database(uri: str) -> None:
     """
     if (file := _sqlite_file(uri)) is None or file.exists():
         return
+    file = file.resolve()
     _keep_quiet()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -222,8 +223,21 @@ def make_database(uri: str) -> None:
             for left in file.parent.glob(f"{begun.name}*"):
                 left.unlink()
             SqlAlchemyStore(f"sqlite:///{begun}", "mlruns").engine.dispose()
-            begun.rename(file)
+            _put_in_place(begun, file)
         lock.unlink(missing_ok=True)  # who waits for it finds the file
+
+
+def _put_in_place(begun: Path, file: Path) -> None:
+    """Give a whole file its name, unless another program, which knows nothing of our lock, has made one meanwhile."""
+    with suppress(FileExistsError):
+        try:
+            os.link(begun, file)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            if not file.exists():
+                begun.rename(file)
+    begun.unlink(missing_ok=True)
 
 
 def _sqlite_file(uri: str) -> Path | None:

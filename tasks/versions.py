@@ -273,7 +273,7 @@ def read_pointer(path: Path) -> Pointer:
         return Pointer(
             folder=path.with_name(out["path"]), digest=Digest(out["md5"]), meta=said.get("meta") or {}
         )
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise StoreError(
             f"{path} is no pointer of DVC to one folder ({error}); bring it back with git, or delete it: "
             "its run writes it anew"

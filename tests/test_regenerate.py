@@ -146,7 +146,14 @@ def flipped(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [flipped, Path.unlink, lambda path: path.write_bytes(b"")])
+def short_of_a_line(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+
+
+@pytest.mark.parametrize(
+    "damage", [flipped, Path.unlink, lambda path: path.write_bytes(b""), short_of_a_line]
+)
 @pytest.mark.parametrize("which", ["images/bird/*.png", "shard-*.jsonl"])
 def test_a_shard_that_a_power_cut_damaged_is_drawn_again(
     place: Place, which: str, damage: Callable[[Path], None]
@@ -157,6 +164,7 @@ def test_a_shard_that_a_power_cut_damaged_is_drawn_again(
     fresh = Fake(4, fits=4)
     _, rows, images = place.draw(fresh)
     assert fresh.calls == 2
+    assert len(rows) == SHOTS
     assert [digest_of(images / row.path) for row in rows] == [row.digest for row in rows]
 
 

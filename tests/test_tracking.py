@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import signal
 import sqlite3
@@ -22,7 +23,7 @@ from pydantic import ValidationError
 from tasks.store import StoreError, digest_of
 from tasks.tracked import contact_sheet, flat, provenance_tags, stage_metrics, verdict_table
 from tasks.tracking import Tracker, TrackingError
-from tasks.tracking_runs import ERROR_TAG, HalfMadeError, Runs, TrackingSettings, run_tags
+from tasks.tracking_runs import ERROR_TAG, HalfMadeError, Runs, TrackingSettings, make_database, run_tags
 from tests.conftest import ROOT
 from tests.helpers import PROVENANCE, FabricatedRun, fabricate_run
 
@@ -439,6 +440,31 @@ def test_a_database_whose_making_is_killed_is_made_again(tmp_path: Path) -> None
     runs.prepare()
     runs.find_or_create("key", "run", {})
     assert {path.name for path in file.parent.iterdir() if file.name in path.name} == {file.name}
+
+
+def test_a_database_that_another_program_makes_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's own server knows nothing of our lock."""
+    file = tmp_path / "mlflow.db"
+    link = os.link
+
+    def late(begun: Path, target: Path) -> None:
+        target.write_text("theirs")
+        link(begun, target)
+
+    monkeypatch.setattr(os, "link", late)
+    make_database(f"sqlite:///{file}")
+    assert file.read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_a_database_is_made_where_a_link_says(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "mlflow.db").symlink_to(tmp_path / "scratch" / "far.db")
+    make_database(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert (tmp_path / "mlflow.db").is_symlink()
+    assert (tmp_path / "scratch" / "far.db").stat().st_size > 0
 
 
 def test_a_database_that_was_left_half_made_is_told_of(settings: TrackingSettings) -> None:

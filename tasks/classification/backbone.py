@@ -12,7 +12,6 @@ class with ``img_size`` among them, ``mean`` and ``std``; a published model's ho
 ``pretrained_cfg``. Input size, mean and standard deviation are the weights' own unless settings say otherwise.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
@@ -213,40 +212,64 @@ def _normalised(
     return Backbone(network, size, settings.mean or mean, settings.std or std, settings.precision)
 
 
+class _Description(BaseModel):
+    """A folder's ``config.json``: either timm's own, or the architecture with its arguments and statistics."""
+
+    architecture: str
+    pretrained_cfg: dict[str, Any] | None = None
+    arguments: dict[str, Any] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
 def _from_folder(settings: BackboneSettings, folder: Path) -> Backbone:
-    config = _read_config(folder / "config.json")
-    if "pretrained_cfg" in config:
-        _description(config["architecture"])
-        return _timm_backbone(settings, config["architecture"], config["pretrained_cfg"], folder / WEIGHTS)
-    if str(config["architecture"]).rpartition(".")[2] != ARCHITECTURE:
+    file = folder / "config.json"
+    told = _read_description(file)
+    if told.pretrained_cfg is not None:
+        _description(told.architecture)
+        with _described_by(file):
+            return _timm_backbone(settings, told.architecture, told.pretrained_cfg, folder / WEIGHTS)
+    if told.architecture.rpartition(".")[2] != ARCHITECTURE:
         raise CheckpointError(
-            f"{folder / 'config.json'} has the architecture {config['architecture']!r}; "
-            f"only timm's {ARCHITECTURE} is read"
+            f"{file} has the architecture {told.architecture!r}; only timm's {ARCHITECTURE} is read"
         )
-    side = config["arguments"].get("img_size", 224)
+    if told.arguments is None or told.mean is None or told.std is None:
+        missing = next(name for name in ("arguments", "mean", "std") if getattr(told, name) is None)
+        raise CheckpointError(f"{file} lacks {missing!r}")
+    side = told.arguments.get("img_size", 224)
     if side != (settings.size or side):
         raise CheckpointError(
             f"the checkpoint {folder} takes pictures of side {side}, but classifier.size={settings.size}; "
             f"set it to {side}"
         )
-    with _own_randomness():
-        network = VisionTransformer(**{**config["arguments"], "num_classes": 0})
-    _load_weights(network, folder / WEIGHTS, "head")
-    return _normalised(settings, network, side, config["mean"], config["std"])
+    with _own_randomness(), _described_by(file):
+        network = VisionTransformer(**{**told.arguments, "num_classes": 0})
+        _load_weights(network, folder / WEIGHTS, "head")
+        return _normalised(settings, network, side, told.mean, told.std)
 
 
-def _read_config(path: Path) -> dict:
-    if not path.is_file():
-        raise CheckpointError(f"no such checkpoint: {path} is missing")
+def _read_description(file: Path) -> _Description:
+    if not file.is_file():
+        raise CheckpointError(f"no such checkpoint: {file} is missing")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        own = {"architecture", "arguments", "mean", "std"}
-        missing = ({"architecture"} if "pretrained_cfg" in config else own) - config.keys()
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not the description of a classifier: {error}") from error
-    if missing:
-        raise CheckpointError(f"{path} lacks {sorted(missing)[0]!r}")
-    return config
+        return _Description.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{file} is not the description of a classifier: {error}") from error
+
+
+@contextmanager
+def _described_by(file: Path) -> Iterator[None]:
+    """What timm says of a description that makes no network is a complaint about that file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (
+        ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+    ) as error:  # fmt: skip
+        raise CheckpointError(
+            f"{file} is not the description of a classifier: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _load_weights(network: nn.Module, path: Path, head: str) -> None:

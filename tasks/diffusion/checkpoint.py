@@ -176,7 +176,7 @@ def _config_digest(folder: Path) -> Digest:
 def _refuse_kind(source: Source, index: Path) -> None:
     try:
         kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{index} does not describe a pipeline: {error}; fetch the folder anew") from error
     if kind != KIND:
         raise ValueError(f"generator.path={source.path!r} is a {kind}; {FAMILIES} ({KIND})")

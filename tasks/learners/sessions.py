@@ -11,15 +11,28 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tasks.classification.backbone import Backbone, CheckpointError
 from tasks.learners.base import Memory, Progress, TrainingData
+from tasks.records import Frozen
 
 CHECKPOINT_FORMAT = 1
 FEATURE_BATCH = 256
+
+
+class _State(Frozen):
+    """What stands in ``learner.json``."""
+
+    format: int
+    kind: str
+    n_classes: int
+    known: tuple[int, ...]
+    new: tuple[int, ...]
+    seen: tuple[int, ...]
 
 
 class SessionLearner(ABC):
@@ -93,7 +106,7 @@ class SessionLearner(ABC):
         refuse_not_finite(tensors)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "weights.safetensors")
-        text = json.dumps(self._state(), indent=1, sort_keys=True)
+        text = json.dumps(self._state().model_dump(), indent=1, sort_keys=True)
         (folder / "learner.json").write_text(text + "\n", encoding="utf-8")
 
     def load(self, folder: Path) -> None:
@@ -104,35 +117,31 @@ class SessionLearner(ABC):
             self._take(load_file(path))
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"the weights in {path} cannot be read or do not fit: {error}") from error
-        self.known = set(state["known"])
-        self.new, self.seen = tuple(state["new"]), tuple(state["seen"])
+        self.known, self.new, self.seen = set(state.known), state.new, state.seen
 
-    def _state(self) -> dict[str, object]:
-        return {
-            "format": CHECKPOINT_FORMAT,
-            "kind": self.kind,
-            "n_classes": self.n_classes,
-            "known": sorted(self.known),
-            "new": self.new,
-            "seen": self.seen,
-        }
+    def _state(self) -> _State:
+        return _State(
+            format=CHECKPOINT_FORMAT,
+            kind=self.kind,
+            n_classes=self.n_classes,
+            known=tuple(sorted(self.known)),
+            new=self.new,
+            seen=self.seen,
+        )
 
-    def _read_state(self, path: Path) -> dict:
+    def _read_state(self, path: Path) -> _State:
         if not path.is_file():
             raise CheckpointError(f"no such checkpoint: {path} is missing")
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            state = _State.model_validate_json(path.read_bytes())
+        except ValidationError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
-        for field, mine in (
-            ("format", CHECKPOINT_FORMAT),
-            ("kind", self.kind),
-            ("n_classes", self.n_classes),
-        ):
-            if state.get(field) != mine:
+        mine = self._state()
+        for field in ("format", "kind", "n_classes"):
+            if (said := getattr(state, field)) != getattr(mine, field):
                 raise CheckpointError(
-                    f"the checkpoint {path.parent} was written with {field}={state.get(field)!r}, but this "
-                    f"learner has {field}={mine!r}; use the settings it was written with"
+                    f"the checkpoint {path.parent} was written with {field}={said!r}, but this "
+                    f"learner has {field}={getattr(mine, field)!r}; use the settings it was written with"
                 )
         return state
 

@@ -4,27 +4,17 @@ key, nor did the command line of any of its processes.
 """
 
 import os
-import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.canaries import CANARIES, holding
 from tests.conftest import ROOT, Place
-from tests.vlm.provider import Act, Provider, completion_of, providing, refusal
+from tests.vlm.provider import Act, Provider, completion_of, image_of, providing, refusal
 
-CANARIES = {
-    name: f"canary-{number}-8f3e-{name.lower().replace('_', '-')}"
-    for number, name in enumerate(
-        (
-            "OPENAI_API_KEY", "SOME_VENDORS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
-            "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "DVC_STUDIO_TOKEN",
-        )
-    )
-}  # fmt: skip
 WEIGHTS = ROOT / "tasks" / "miniature" / "weights"
 SHIPPED = (
     f"generator.path={WEIGHTS}/generator",
@@ -46,13 +36,24 @@ def environment(place: Place) -> dict[str, str]:
     }
 
 
-def run(place: Place, provider: Provider, *more: str) -> tuple[int, set[bytes]]:
+def asking_a_vlm(provider: Provider) -> list[str]:
+    return [
+        "method=guided", "vlm=openai_compatible", "vlm.model=fake-1", f"vlm.base_url={provider.base_url}",
+        "vlm.api_key_env=SOME_VENDORS_KEY", "vlm.max_retries=1", *SHIPPED,
+    ]  # fmt: skip
+
+
+def buying_images(provider: Provider) -> list[str]:
+    return [
+        "method=gpt4o_images", "images_api.model=painter-1", f"images_api.base_url={provider.base_url}", "images_api.size=8",
+        "images_api.api_key_env=SOME_VENDORS_KEY", "images_api.max_retries=1", *SHIPPED[1:],
+    ]  # fmt: skip
+
+
+def run(place: Place, *settings: str) -> tuple[int, set[bytes]]:
     """The exit code, and the command lines of all processes seen meanwhile."""
-    chosen = place.overrides(
-        "dataset.n_sessions=1", "vlm=openai_compatible", "vlm.model=fake-1", f"vlm.base_url={provider.base_url}",
-        "vlm.api_key_env=SOME_VENDORS_KEY", "vlm.max_retries=1", *SHIPPED, *more, tracking=True,
-    )  # fmt: skip
-    command = [sys.executable, "-m", "flows", "dataset=digits", "method=guided", *chosen]
+    chosen = place.overrides("dataset.n_sessions=1", *settings, tracking=True)
+    command = [sys.executable, "-m", "flows", "dataset=digits", *chosen]
     with (place.root / "printed").open("ab") as printed:
         process = subprocess.Popen(
             command, cwd=place.root, env=environment(place) | {"PYTHONPATH": str(ROOT)},
@@ -78,27 +79,25 @@ def _watch(seen: set[bytes], ended: threading.Event) -> None:
                 continue
 
 
-def holding(folder: Path) -> Iterator[tuple[str, str]]:
-    """Files below a folder, and rows of its databases, that hold a planted key."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.is_symlink():
-            text = path.read_bytes()
-            yield from ((str(path), name) for name, key in CANARIES.items() if key.encode() in text)
-        if path.suffix == ".db":
-            with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
-                dump = "\n".join(database.iterdump())
-            yield from ((f"{path}, a row", name) for name, key in CANARIES.items() if key in dump)
+def initialise(place: Place) -> None:
+    """Where a run's versions are kept."""
+    init = [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"]
+    subprocess.run(init, cwd=place.root, env=environment(place), check=True)
+
+
+def assert_none_is_found(place: Place, seen: set[bytes]) -> None:
+    """Neither in a file, nor in a row, nor in a command line."""
+    assert (place.root / "mlflow.db").is_file()
+    assert list((place.root / "prefect").rglob("*.db")), "Prefect's database was looked through"
+    assert list((place.root / ".dvc" / "cache").rglob("*")), "and DVC's cache"
+    assert list(holding(place.root)) == []
+    assert [line for line in seen if any(key.encode() in line for key in CANARIES.values())] == []
 
 
 @pytest.mark.slow
 def test_no_planted_key_is_found_in_anything_that_a_run_leaves(tmp_path: Path, digits: Path) -> None:
     place = Place(tmp_path, digits)
-    subprocess.run(
-        [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"],
-        cwd=tmp_path,
-        env=environment(place),
-        check=True,
-    )
+    initialise(place)
     told = refusal(401, f"Incorrect API key provided: {SENT}", x_your_key=SENT)
     echo = Act(headers={"x-your-key": SENT}, body={**completion_of(f"a digit, {SENT}"), "model": SENT})
     bad = [
@@ -110,20 +109,17 @@ def test_no_planted_key_is_found_in_anything_that_a_run_leaves(tmp_path: Path, d
     ]
 
     with providing(told, answer=lambda _: f"YES {SENT}") as provider:
-        refused, lines = run(place, provider)
+        refused, lines = run(place, *asking_a_vlm(provider))
         provider.plan[:] = [*bad, *[told] * 8]
-        failed, more = run(place, provider)
+        failed, more = run(place, *asking_a_vlm(provider))
         provider.plan[:] = []
-        ended, most = run(place, provider)
+        ended, most = run(place, *asking_a_vlm(provider))
         assert provider.keys == {SENT}
     said = (tmp_path / "printed").read_text(errors="replace")
     assert (refused, ended) == (2, 0), said[-2000:]
     assert failed in (1, 2)
     assert "***" in said, "the provider's words were shown, without the key"
-    assert (tmp_path / "mlflow.db").is_file()
-    assert list((tmp_path / "prefect").rglob("*.db")), "Prefect's database was looked through"
     assert list((tmp_path / "runs").rglob("transcript.jsonl"))
-    assert list((tmp_path / ".dvc" / "cache").rglob("*")), "and DVC's cache"
     report = [sys.executable, "-m", "flows", "report", "runs", "reports", "state"]
     shown = subprocess.run(
         report,
@@ -134,7 +130,35 @@ def test_no_planted_key_is_found_in_anything_that_a_run_leaves(tmp_path: Path, d
     )
     assert not any(key.encode() in shown.stdout + shown.stderr for key in CANARIES.values())
     assert (tmp_path / "reports" / "report.html").is_file()
-    assert list(holding(tmp_path)) == []
-    assert [
-        line for line in lines | more | most if any(key.encode() in line for key in CANARIES.values())
-    ] == []
+    assert_none_is_found(place, lines | more | most)
+
+
+@pytest.mark.slow
+def test_no_planted_key_is_found_in_what_a_run_leaves_that_buys_its_images(
+    tmp_path: Path, digits: Path
+) -> None:
+    place = Place(tmp_path, digits)
+    initialise(place)
+    told = refusal(401, f"Incorrect API key provided: {SENT}", x_your_key=SENT)
+    echo = Act(
+        headers={"x-your-key": SENT}, body={**image_of("a digit"), "revised_prompt": SENT, "model": SENT}
+    )
+    with providing(told) as provider:
+        refused, lines = run(place, *buying_images(provider))
+        provider.plan[:] = [
+            echo,
+            Act(body=f"{SENT} is no JSON"),
+            refusal(500, SENT),
+            echo,
+            refusal(400, SENT),
+        ]
+        failed, more = run(place, *buying_images(provider))
+        provider.plan[:] = [echo]
+        ended, most = run(place, *buying_images(provider))
+        assert provider.keys == {SENT}
+    said = (tmp_path / "printed").read_text(errors="replace")
+    assert (refused, ended) == (2, 0), said[-2000:]
+    assert failed in (1, 2)
+    assert "***" in said, "the provider's words were shown, without the key"
+    assert list((tmp_path / "state").rglob("*.image")), "what was bought was looked through"
+    assert_none_is_found(place, lines | more | most)

@@ -3,6 +3,10 @@
 Each time it ends with a sentence, and with space made the same call goes on; what it ends with equals an undisturbed run.
 """
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +17,8 @@ from flows.experiment import fscil
 from tasks.disk import DiskError
 from tasks.store import Store
 from tasks.tracking import Tracker
-from tests.conftest import Place
+from tasks.vlm.cache import CachedClient
+from tests.conftest import ROOT, Place
 from tests.crowd import runs_in, twice
 from tests.small_disk import SmallDisk, small_disk
 from tests.storm import leftovers
@@ -23,6 +28,7 @@ PLACES = {
     "sealing": (Store, "_seal"),
     "exporting": (flows.session, "export"),
     "MLflow": (Tracker, "epoch"),
+    "answers": (CachedClient, "_write"),
 }
 
 
@@ -74,3 +80,43 @@ def test_an_experiment_on_a_disk_that_fills_again_and_again_ends_as_if_it_never_
         assert runs_in(place) == runs_in(finished)
         assert twice(place) == []
         assert leftovers(place) == []
+
+
+@pytest.mark.slow
+def test_the_disk_of_prefects_database_fills_in_the_middle_and_is_named(
+    finished: Place, tmp_path: Path, digits: Path
+) -> None:
+    place = Place(tmp_path / "place")
+    with small_disk(tmp_path / "prefect", 64 * 1024) as disk:
+        command = [
+            sys.executable,
+            "-m",
+            "flows",
+            "dataset=digits",
+            "method=guided",
+            *place.overrides(tracking=True),
+        ]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+        environment |= {
+            "PREFECT_HOME": str(disk.path),
+            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+        }
+        run = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        while not list(place.root.glob("state/stages/*/*/record.json")):
+            assert run.poll() is None, run.communicate()[0]
+            time.sleep(0.05)
+        ballast = disk.fill()
+        said, _ = run.communicate(timeout=600)
+        ballast.unlink()
+        assert run.returncode not in (0, None), said
+        told = " ".join(said.split())
+        assert "make room there, or set PREFECT_HOME" in told
+        assert "Traceback" not in told
+        again = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert again.returncode == 0, again.stdout + again.stderr
+    assert place.files("guided") == finished.files("guided")
+    assert runs_in(place) == runs_in(finished)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -71,6 +72,25 @@ def test_all_six_stages_of_a_moved_run_come_out_identical(copy, prefect_server, 
 )
 def test_other_folders_come_out_identical(replayed, folder: str, verbs: list[str]) -> None:
     assert outcomes(replayed("all", folder)) == dict.fromkeys(verbs, "identical")
+
+
+@pytest.mark.slow
+def test_another_number_of_threads_changes_last_bits_alone(
+    copy: Path, prefect_server: None, tmp_path: Path
+) -> None:
+    """The figures of docs/reproducibility.md, smaller."""
+    other = 2 if torch.get_num_threads() == 1 else 1
+    report = replay_report(
+        str(copy / EPOCH),
+        stages="train,tune,regenerate",
+        overrides=[f"runtime.threads={other}", f"runtime.state={tmp_path / 'state'}"],
+    )
+    assert report.threads == other
+    found = {stage.stage: stage for stage in report.stages}
+    for stage in ("train_classifier", "tune_lora"):
+        weights = [file for file in found[stage].differences if file.what == "weights"]
+        assert all(file.largest is not None and file.largest < 1e-2 for file in weights), weights
+    assert found["regenerate"].outcome == "identical", "each picture is drawn by one thread"
 
 
 def test_stages_by_run_session_and_epoch(copy: Path, prefect_server: None, tmp_path: Path, capsys) -> None:

@@ -16,6 +16,7 @@ import yaml
 from flows.config import ConfigError, load_config
 from flows.reproduce import choose_profile, read_profile, settings_read, write_settings
 from tasks.store import digest_of
+from tests.canaries import CANARIES, holding
 from tests.conftest import QUICK, ROOT, Place
 from tests.storm import processes
 
@@ -45,6 +46,7 @@ def environment_of(place: Path) -> dict[str, str]:
         "PREFECT_HOME": str(place / ".fscil" / "prefect"),
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PYTHONDONTWRITEBYTECODE": "1",
+        **CANARIES,
         "GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@t", "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@t",
     }  # fmt: skip
 
@@ -217,6 +219,11 @@ def test_a_reproduction_that_is_stopped_leaves_no_process_and_goes_on(
     finally:
         set_params(reproduced, seeds=[0])
     assert set(ran(run(reproduced, "dvc", "repro"))) <= {"settings", "tables"}
+
+
+def test_no_planted_key_is_left_by_what_the_warm_process_ran(reproduced: Path) -> None:
+    assert warm_log(reproduced)
+    assert list(holding(reproduced)) == []
 
 
 def test_what_no_run_names_is_shown_before_it_goes(reproduced: Path) -> None:

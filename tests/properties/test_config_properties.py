@@ -11,6 +11,7 @@ from flows.__main__ import expand
 from flows.config import ConfigError, ExperimentConfig, load_config, stored_config
 from tasks.store import StoreError
 from tests.properties.conftest import LONG
+from tests.properties.hostile import anything
 from tests.properties.refusing import or_refused
 
 KEYS = (
@@ -50,13 +51,6 @@ def test_any_arguments_are_combinations_or_refused(arguments: list[str]) -> None
         return
     assert combinations
     assert all(len(combination) == len(arguments) for combination in combinations)
-
-
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
-    max_leaves=4,
-)
 
 
 @few

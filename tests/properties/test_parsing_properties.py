@@ -30,6 +30,7 @@ from tasks.vlm.client import Exchange, Message, Reply, Request, Sampling
 from tasks.vlm.prompts import MAX_PROMPT_CHARS, clean_prompt, parse_answer
 from tasks.vlm.zero_shot import parse_class
 from tests.datasets.small_worlds import cub
+from tests.properties.hostile import anything, damaged
 from tests.properties.refusing import or_refused
 
 SECONDS = 3.0
@@ -144,34 +145,11 @@ def test_what_is_written_is_what_is_read(rows: list[Prediction], told: list[Exch
         assert read_transcript(path) == told
 
 
-@st.composite
-def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
-    """Bytes with some of them changed, cut out, put in or repeated."""
-    data = bytearray(whole)
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, len(data)))
-        how, some = (
-            draw(st.sampled_from(["change", "cut", "insert", "end"])),
-            draw(st.binary(min_size=1, max_size=6)),
-        )
-        if how == "end":
-            del data[at:]
-        else:
-            data[at : at + (0 if how == "insert" else len(some))] = b"" if how == "cut" else some
-    return bytes(data)
-
-
 def one_exchange() -> bytes:
     request = Request(messages=(Message(role="user", text="é, is it a cat?"),))
     sampling = Sampling(model="m", temperature=0.5, max_tokens=9, detail="low")
     told = Exchange.of(request, sampling, Reply(text="YES", usage=Usage(calls=1, cost=0.25), model="m"))
     return (told.model_dump_json() + "\n").encode()
-
-
-anything = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)
 
 
 @given(
