@@ -180,7 +180,15 @@ def _report(arguments: Sequence[str]) -> int:
             ValueError("report takes up to three folders: fscil report [runs [reports [.fscil]]]"), EXIT_USAGE
         )
     runs, out, state = (Path(name) for name in (*arguments, *("runs", "reports", ".fscil")[len(arguments) :]))
-    return _written(lambda: build(runs, out, state))
+
+    def written() -> list[Path]:
+        if "DVC_STAGE" in os.environ:
+            from flows.reproduce import read_profile, refuse_other_runs
+
+            refuse_other_runs(read_profile(), runs, out)
+        return build(runs, out, state)
+
+    return _written(written)
 
 
 def _study(arguments: Sequence[str]) -> int:

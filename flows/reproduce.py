@@ -5,11 +5,13 @@ on what it reads alone: the description of its data, its own settings as Hydra c
 the method never looks at, and the code. So DVC knows what a change concerns without running anything.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ import yaml
 from pydantic import Field
 
 from flows.config import CONFIGS, PROJECT, ConfigError, ExperimentConfig, choices, load_config
+from flows.lineage import read_record
 from tasks.datasets.benchmark import build_benchmark
 from tasks.datasets.digits import write_digits
 from tasks.records import ExperimentRecord, Frozen
-from tasks.store import digest_of, write_json
+from tasks.store import digest_of, read_json, write_json
 from tasks.versions import Versions
 
 PARAMS = PROJECT / "params.yaml"
@@ -148,7 +151,7 @@ def cell_file(dataset: str, method: str, seed: int, out: Path = REPORTS) -> Path
 
 
 def write_cell(record: ExperimentRecord, out: Path = REPORTS) -> Path:
-    """What one experiment came to, for `dvc metrics show`: accuracies in percent, and what was spent."""
+    """What one experiment came to: accuracies in percent, what was spent, and which record says so."""
     last = record.sessions[-1]
     accuracies = {
         "A_base": record.a_base,
@@ -167,8 +170,35 @@ def write_cell(record: ExperimentRecord, out: Path = REPORTS) -> Path:
         "epochs": record.epochs,
     }
     target = cell_file(record.dataset, record.method, record.seed, out)
-    write_json(target, rounded | spent)
+    write_json(target, {**rounded, **spent, "record": _name_of(record)})
     return target
+
+
+def refuse_other_runs(profile: Profile, runs: Path, out: Path = REPORTS) -> None:
+    """Refuse to make tables of runs that are not those which `dvc repro` ran: another command took their place since.
+
+    Raises:
+        ConfigError: names them and what to do.
+    """
+    others = []
+    for dataset, method, seed in product(profile.datasets, profile.methods, profile.seeds):
+        if (told := cell_file(dataset, method, seed, out)).is_file():
+            file = runs / dataset / method / f"seed-{seed}" / "experiment.json"
+            found = _name_of(read_record(file, ExperimentRecord)) if file.is_file() else None
+            if found != read_json(told).get("record"):
+                others.append((dataset, method, seed))
+    if others:
+        shown = [f"{runs}/{dataset}/{method}/seed-{seed}" for dataset, method, seed in others[:3]]
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        remedy = " ".join("experiment@" + "-".join(map(str, cell)) for cell in others[:3])
+        raise ConfigError(
+            f"{', '.join(shown)}{more}: not what `dvc repro` ran, or gone; have it run again, which goes on from what "
+            f"is sealed: dvc repro --single-item --force {remedy}{' ...' if more else ''}"
+        )
+
+
+def _name_of(record: ExperimentRecord) -> str:
+    return hashlib.md5(record.model_dump_json().encode(), usedforsecurity=False).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------ what DVC is about to do

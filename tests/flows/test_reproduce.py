@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.__main__ import main
 from flows.config import ConfigError, load_config
-from flows.reproduce import choose_profile, read_profile, settings_read, write_settings
+from flows.reproduce import choose_profile, read_profile, refuse_other_runs, settings_read, write_settings
 from tasks.store import digest_of
 from tests.canaries import CANARIES, holding
 from tests.conftest import QUICK, ROOT, Place
@@ -246,6 +247,44 @@ def test_what_no_run_names_is_shown_before_it_goes(reproduced: Path) -> None:
 
 def read_by(*overrides: str) -> dict[str, object]:
     return dict(settings_read(load_config(["dataset=digits", *overrides])))
+
+
+@pytest.mark.slow
+def test_a_change_that_is_taken_back_leaves_the_runs_that_the_tables_show(reproduced: Path) -> None:
+    """DVC could bring back the summary alone."""
+    before = yaml.safe_load((reproduced / "params.yaml").read_text())
+    table = (reproduced / "reports" / "table.csv").read_bytes()
+    config = reproduced / "runs" / "digits" / "finetune" / "seed-0" / "config.json"
+    set_params(reproduced, methods=["finetune"], overrides=[*before["overrides"], "learner.temperature=8"])
+    run(reproduced, "dvc", "repro")
+    assert json.loads(config.read_text())["learner"]["temperature"] == 8
+    assert (reproduced / "reports" / "table.csv").read_bytes() != table
+    set_params(reproduced, **before)
+    assert "experiment@digits-finetune-0" in ran(run(reproduced, "dvc", "repro"))
+    assert json.loads(config.read_text())["learner"]["temperature"] != 8
+    assert (reproduced / "reports" / "table.csv").read_bytes() == table
+
+
+def test_no_table_is_made_of_runs_that_are_others(reproduced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile, reports = read_profile(reproduced / "params.yaml"), reproduced / "reports"
+    refuse_other_runs(profile, reproduced / "runs", reports)
+    with pytest.raises(
+        ConfigError, match=r"nowhere/digits/finetune/seed-0, .*fixed_sd.*: not what `dvc repro` ran, or gone"
+    ):
+        refuse_other_runs(profile, reproduced / "nowhere", reports)
+    record = reproduced / "runs" / "digits" / "finetune" / "seed-0" / "experiment.json"
+    whole = record.read_text()
+    try:
+        record.unlink()
+        record.write_text(json.dumps(json.loads(whole) | {"epochs": 77}))
+        with pytest.raises(ConfigError, match=r"--force experiment@digits-finetune-0$"):
+            refuse_other_runs(profile, reproduced / "runs", reports)
+        monkeypatch.chdir(reproduced)
+        monkeypatch.setenv("DVC_STAGE", "tables")
+        assert main(["report"]) == 2
+    finally:
+        record.unlink()
+        record.write_text(whole)
 
 
 @pytest.mark.parametrize(
