@@ -11,9 +11,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import IO
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -21,6 +21,9 @@ from filelock import FileLock
 from flows.cli import console, failures_told_once, known_errors
 from flows.server_lost import told_if_lost
 from tasks.secrets import credentials_in
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 HOST = "127.0.0.1"
 START_S, STOP_S, LOGS_S = 180, 5, 5
@@ -168,9 +171,38 @@ def serve(descriptor: int) -> None:
     from prefect.server.api.server import create_app
 
     threading.Thread(target=_end_with_the_command, daemon=True).start()
-    app = create_app(ephemeral=True, final=True)
-    config = uvicorn.Config(app, log_level="error", lifespan="on")
-    uvicorn.Server(config).run(sockets=[socket.socket(fileno=descriptor)])
+    with _in_turn():
+        app = create_app(ephemeral=True, final=True)
+        config = uvicorn.Config(app, log_level="error", lifespan="on")
+        uvicorn.Server(config).run(sockets=[socket.socket(fileno=descriptor)])
+
+
+@contextmanager
+def _in_turn() -> Iterator[None]:
+    """Let SQLite's transactions wait for each other from their beginning.
+
+    Prefect lets most of them begin as readers. One that then writes, after another has written, is refused at once with
+    "database is locked", and its client asks again two seconds later: at the beginning of most sessions, while the
+    last one's events are being written.
+    """
+    from prefect.server.database.configurations import AioSqliteConfiguration
+    from prefect.server.database.dependencies import temporary_database_config
+    from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL
+
+    class InTurn(AioSqliteConfiguration):
+        @asynccontextmanager
+        async def begin_transaction(
+            self, session: "AsyncSession", with_for_update: bool = True
+        ) -> AsyncGenerator["AsyncSessionTransaction", None]:
+            async with super().begin_transaction(session, with_for_update=True) as transaction:
+                yield transaction
+
+    url = PREFECT_API_DATABASE_CONNECTION_URL.value()
+    if not url.startswith("sqlite"):
+        yield
+        return
+    with temporary_database_config(InTurn(connection_url=url)):
+        yield
 
 
 def _end_with_the_command() -> None:

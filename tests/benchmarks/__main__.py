@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tests.benchmarks.measuring import CLOCKS, Plan, Row
 
@@ -88,7 +89,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _show(rows: list[Row], conditions: str) -> None:
     table = Table(*HEADS, caption=conditions)
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*map(Text, _cells(row)))
     Console().print(table)
 
 

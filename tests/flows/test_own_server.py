@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 
+import httpx
 import pytest
 from prefect.settings import (
     PREFECT_API_DATABASE_CONNECTION_URL,
@@ -79,6 +81,21 @@ def test_two_commands_at_once_have_a_server_each_until_they_end(tmp_path: Path) 
     assert answers(urls[1]), "the interrupt of the terminal is not the server's"
     second.process.kill()
     assert falls_silent(urls[1]), "a server outlives its command"
+
+
+def test_those_who_write_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    """A reader that becomes a writer would be refused, and Prefect's client ask again two seconds later."""
+    command = Command(tmp_path)
+
+    def write(number: int) -> int:
+        task_run = {"task_key": "draw", "dynamic_key": str(number), "flow_run_id": None}
+        return httpx.post(f"{url}/task_runs/", json=task_run, timeout=60, trust_env=False).status_code
+
+    url = command.url
+    with ThreadPoolExecutor(16) as writers:
+        told = list(writers.map(write, range(160)))
+    command.process.communicate("")
+    assert told == [201] * 160
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
