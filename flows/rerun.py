@@ -111,7 +111,7 @@ class Rerun:
 
         Args:
             recorded: what is run again.
-            config: the run's settings, with today's places; its state is read only for the session.
+            config: the run's settings, with today's places; of its state only the digests of pictures are read and kept.
             scratch: an empty folder; every stage gets one of its own below it.
 
         Raises:
@@ -270,17 +270,11 @@ class Rerun:
         )
 
     def _sessions(self) -> tuple[Store, Split]:
-        """The split of the record, from the state or cut anew."""
+        """The split of the record, cut anew: of those in a state several may have the record's session in common."""
         recorded, config = self._recorded, self._config
         wanted = next((s.inputs["session"] for s in recorded.stages.values() if "session" in s.inputs), None)
-        state = config.runtime.state
-        if wanted is not None and config.dataset.root.is_dir():
-            for file in sorted((state / "stages" / "split").glob("*/record.json")):
-                split = read_record(file, StageRecord[Split]).output
-                if wanted in {ref.digest for ref in split.train}:
-                    return Store(state), split
-        store = Store(self._scratch / "split")
-        split = seal_split(store, config, build_benchmark(config.dataset, cache=state / "datasets")).output
+        store, cache = Store(self._scratch / "split"), config.runtime.state / "datasets"
+        split = seal_split(store, config, build_benchmark(config.dataset, cache=cache)).output
         if wanted not in (None, cut := split.train[recorded.session].digest):
             raise ReplayError(self._other_data(wanted, cut))
         return store, split

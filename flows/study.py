@@ -132,7 +132,8 @@ def _epochs(run: Run, state: Path) -> Iterator[Epoch]:
         config = stored_config(run.folder)
         runtime = config.runtime.model_copy(update={"state": state})
         config = config.model_copy(update={"runtime": runtime})
-        session_ref, class_names = _session_of(Store(state), record.evaluate.inputs["session"], file)
+        wanted = record.evaluate.inputs["session"]
+        session_ref, class_names = _session_of(Store(state), run, config.dataset.n_sessions, wanted, file)
         context = EpochContext(
             run=record.run,
             seed=run.seed,
@@ -151,10 +152,19 @@ def _epochs(run: Run, state: Path) -> Iterator[Epoch]:
         yield Epoch(place=place, context=context, record=record, config=config)
 
 
-def _session_of(store: Store, wanted: Digest | None, asked_by: Path) -> tuple[ArtifactRef, tuple[str, ...]]:
-    """The sealed session, its test images apart, and the dataset's category words."""
+def _session_of(
+    store: Store, run: Run, n_sessions: int, wanted: Digest | None, asked_by: Path
+) -> tuple[ArtifactRef, tuple[str, ...]]:
+    """The sealed session, its test images apart, and the category words of the run's dataset.
+
+    Splits of one dataset with fewer or more sessions, or other words, may have the session in common.
+    """
     for file in sorted((store.root / "stages" / "split").glob("*/record.json")):
         split = StageRecord[Split].model_validate_json(file.read_text("utf-8")).output
+        if len(split.train) != n_sessions + 1:
+            continue
+        if run.record is not None and split.class_names != run.record.class_names:
+            continue
         for ref in split.train:
             if ref.digest == wanted:
                 return ref, split.class_names

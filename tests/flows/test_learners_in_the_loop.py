@@ -80,4 +80,5 @@ def test_interrupted_and_resumed_it_ends_alike_and_an_epoch_replays(
     assert not (broken.run(method) / "experiment.json").exists()
     assert fscil("digits", method, 0, overrides(broken, kind)) == record
     assert broken.files(method) == whole.files(method)
-    assert main(["replay", str(whole.run(method) / "session-01" / "epoch-000")]) == 0
+    epoch = whole.run(method) / "session-01" / "epoch-000"
+    assert main(["replay", str(epoch), f"runtime.state={tmp_path / 'state'}"]) == 0

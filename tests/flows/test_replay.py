@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from flows.__main__ import main
 from flows.config import ConfigError, config_here, load_config
+from flows.experiment import seal_split
 from flows.replay import ReplayReport, lines, locate, replay_report
 from flows.rerun import ReplayError, Rerun, read_recorded
+from tasks.datasets.benchmark import build_benchmark
 from tasks.loading import generator_for
 from tasks.records import AugmentedImage, EpochRecord
-from tasks.store import read_json, read_lines, write_json, write_lines
+from tasks.store import Store, read_json, read_lines, write_json, write_lines
 from tests.conftest import ROOT, Place
 
 EPOCH = "session-00/epoch-000"
@@ -72,6 +74,18 @@ def test_all_six_stages_of_a_moved_run_come_out_identical(copy, prefect_server, 
 )
 def test_other_folders_come_out_identical(replayed, folder: str, verbs: list[str]) -> None:
     assert outcomes(replayed("all", folder)) == dict.fromkeys(verbs, "identical")
+
+
+def test_a_split_of_fewer_sessions_that_lies_in_the_state_is_not_taken_for_the_runs(
+    copy: Path, replayed, tmp_path: Path
+) -> None:
+    """The two have this session in common, and not their classes."""
+    config = config_here(copy)
+    shorter = config.model_copy(update={"dataset": config.dataset.model_copy(update={"n_sessions": 1})})
+    other = seal_split(Store(tmp_path / "state"), shorter, build_benchmark(shorter.dataset)).output
+    inputs = EpochRecord.model_validate(read_json(copy / EPOCH / "record.json")).train.inputs
+    assert other.train[0].digest == inputs["session"]
+    assert outcomes(replayed("train,evaluate")) == dict.fromkeys(VERBS[:2], "identical")
 
 
 @pytest.mark.slow

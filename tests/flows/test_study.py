@@ -9,15 +9,17 @@ import torch
 
 from flows.__main__ import main
 from flows.config import ConfigError, load_config, stored_config
+from flows.experiment import seal_split
 from flows.measures import ContrastChange, SetMeasure, TuningMeasure, class_distance, contrast, matching
 from flows.reading import features
 from flows.results import collect
 from flows.study import build_study, measure
 from flows.study_page import Place, SetRow, Study, TuningRow, changes, lines, page
+from tasks.datasets.benchmark import build_benchmark
 from tasks.diffusion.tuning import TuningExample
 from tasks.miniature.reader import Reading
 from tasks.records import AugmentedImage, EpochRecord, Session
-from tasks.store import read_lines
+from tasks.store import Store, StoreError, digest_of, read_lines
 from tests.conftest import Place as Finished
 from tests.helpers import fabricate_run
 
@@ -228,6 +230,22 @@ def test_no_test_image_is_opened(finished: Finished, tmp_path: Path, monkeypatch
     measure(collect(finished.root / "runs", state), state, 3, QUICK)
     assert any("train" in path.parts for path in opened)
     assert not [path for path in opened if "test" in path.relative_to(path.anchor).parts[-3:-1]]
+
+
+def test_other_splits_with_the_same_session_are_not_taken_for_the_runs(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """A state that has lost the run's own split: fewer sessions, or other words, and the first session in common."""
+    (run,) = collect(finished.root / "runs", finished.root / "state")
+    config = stored_config(run.folder)
+    words = {"zero": "nought"}
+    for changed in ({"n_sessions": 1}, {"class_names": words}):
+        other = config.model_copy(update={"dataset": config.dataset.model_copy(update=changed)})
+        split = seal_split(Store(tmp_path / "state"), other, build_benchmark(other.dataset)).output
+        own = next((finished.root / "state" / "stages" / "split").glob("*/session-00-train.json"))
+        assert split.train[0].digest == digest_of(own)
+    with pytest.raises(StoreError, match="no longer holds the session"):
+        measure([run], tmp_path / "state", 3, QUICK)
 
 
 def test_runs_without_images_have_accuracies_alone(tmp_path: Path) -> None:
