@@ -125,6 +125,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _replay(arguments: Sequence[str]) -> int:
+    from flows.config import refuse_keys
     from flows.replay import lines, replay_report
 
     parser = argparse.ArgumentParser("fscil replay", description="Run sealed stages again and compare.")
@@ -136,6 +137,7 @@ def _replay(arguments: Sequence[str]) -> int:
     parser.add_argument("places", nargs="*", help="where things are here, such as dataset.root=data/digits")
     given = parser.parse_intermixed_args(arguments)
     try:
+        refuse_keys([given.what, *given.places])
         with prefect_server():
             report = replay_report(given.what, given.session, given.epoch, given.stages, given.places)
     except known_errors() as error:

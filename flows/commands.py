@@ -43,11 +43,13 @@ def cell(arguments: Sequence[str]) -> int:
     parser.add_argument("method", help="a name in configs/method")
     parser.add_argument("seed", type=int)
     chosen = parser.parse_args(arguments)
+    from flows.config import refuse_keys
     from flows.experiment import fscil
     from flows.reproduce import overrides_of, read_profile, write_cell
 
     try:
         overrides = overrides_of(read_profile())
+        refuse_keys(overrides)
         with prefect_server():
             record = fscil(chosen.dataset, chosen.method, chosen.seed, overrides)
         await_turn()

@@ -196,7 +196,7 @@ def config_here(folder: Path, overrides: Sequence[str] = ()) -> ExperimentConfig
         ConfigError: as :func:`stored_config`, or an override of something else.
     """
     config = stored_config(folder)
-    _without_keys(refuse_in_overrides, overrides)
+    refuse_keys(overrides)
     ours = [override for override in overrides if override.startswith(("runtime", "tracking"))]
     today, values = load_config(ours), config.model_dump()
     values |= {"runtime": today.runtime.model_dump(), "tracking": today.tracking.model_dump()}
@@ -223,14 +223,28 @@ def config_here(folder: Path, overrides: Sequence[str] = ()) -> ExperimentConfig
 
 
 def _composed(primary: str, model: type[Settings], overrides: Sequence[str]) -> Settings:
-    _without_keys(refuse_in_overrides, overrides)
+    refuse_keys(overrides)
     try:
         with _COMPOSING, initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = OmegaConf.to_container(compose(primary, overrides=list(overrides)), resolve=True)
+            found = compose(primary, overrides=list(overrides))
+            written = OmegaConf.to_container(found, resolve=False)
+            composed = OmegaConf.to_container(found, resolve=True)
     except Exception as error:  # Hydra raises errors of any kind, asserts among them, for what it cannot read
         raise ConfigError(_hydra_sentence(error, overrides, model)) from error
     assert isinstance(composed, dict), "the primary config is a mapping"
+    _without_keys(
+        refuse_in_settings, {"": written}
+    )  # the value of an interpolated key may look like anything
     return _validated(model, composed)
+
+
+def refuse_keys(overrides: Sequence[str]) -> None:
+    """Refuse overrides that hold a key: before they become parameters of a flow run, which Prefect keeps.
+
+    Raises:
+        ConfigError: one does; the message names the setting and not the value.
+    """
+    _without_keys(refuse_in_overrides, overrides)
 
 
 def _without_keys(refuse: Callable[[T], None], given: T) -> None:

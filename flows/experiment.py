@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.config import ExperimentConfig, differences, identity_of, load_config
+from flows.lineage import LineageError, RunFolder
 from flows.progress import note, say, session_line, show_experiment, tag_run
 from flows.ray_shards import check_ray, shards_on
 from flows.session import run_session
@@ -32,11 +33,12 @@ from tasks.records import (
     ExperimentRecord,
     Frozen,
     LoopState,
+    Provenance,
     SessionRecord,
     StageRecord,
     Usage,
 )
-from tasks.store import StageFolder, Store, clear_leftovers, read_json, remove, write_json
+from tasks.store import StageFolder, Store, StoreError, clear_leftovers, read_json, remove, write_json
 from tasks.tracking import Tracker
 from tasks.versions import RunVersions
 from tasks.vlm.factory import check_vlm
@@ -150,13 +152,14 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
         clear_leftovers(folder.rglob(".*.tmp"))
         clear_leftovers(folder.parent.glob(f".{folder.name}.*.tmp"))  # of the pointer beside it
         clear_leftovers(
-            path for name in ("vlm", "images_api", "runs") for path in (store.root / name).rglob(".*.tmp")
+            path
+            for name in ("vlm", "images_api", "runs", "tmp")
+            for path in (store.root / name).rglob(".*.tmp")
         )
         split = seal_split(store, config, benchmark)
         with ExitStack() as stack:
             stack.enter_context(gpu_held(config.runtime, say))
             vlm_url = stack.enter_context(check_vlm(config.vlm, serve_miniature)) if config.asks_vlm else None
-            write_json(folder / "config.json", config.identity)
             origin = provenance(
                 config.identity,
                 data_digest=str(split.inputs["benchmark"]),
@@ -165,6 +168,8 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
                 device=config.runtime.torch_device.type,
                 threads=config.runtime.threads or torch.get_num_threads(),
             )
+            _refuse_other_inputs(folder, store, origin, config.runtime.replace)
+            write_json(folder / "config.json", config.identity)
             write_json(store.root / "runs" / config.run_key / "provenance.json", origin)
             tracker = stack.enter_context(Tracker.of(config.tracking, store, config.run_key))
             tracker.start(config.identity, origin)
@@ -310,4 +315,24 @@ def _make_way(folder: Path, config: ExperimentConfig) -> None:
             "Move or delete that folder, set runtime.runs= to another one, or runtime.replace=true to replace it"
         )
     if changed:
+        remove(folder)
+
+
+def _refuse_other_inputs(folder: Path, store: Store, origin: Provenance, replace: bool) -> None:
+    """See that data and weights are those that the run began with: a flipped byte in one would go unseen."""
+    begun = None
+    if (folder / "config.json").is_file():
+        with suppress(LineageError, StoreError, ValueError):  # damaged: it is written again
+            begun = RunFolder(folder).provenance(store.root)
+    if begun is None:
+        return
+    before = {"data": begun.data_digest, **begun.weights_digests}
+    now = {"data": origin.data_digest, **origin.weights_digests}
+    known = before.keys() & now.keys()
+    if changed := differences({name: before[name] for name in known}, {name: now[name] for name in known}):
+        if not replace:
+            raise RunError(
+                f"{folder} was begun with other files: digests of {'; '.join(changed)}. Put back what was damaged or "
+                "changed by mistake, or give runtime.replace=true to begin anew with what is there now"
+            )
         remove(folder)

@@ -53,7 +53,7 @@ def markdown(rows: Sequence[Row], sentences: Sequence[str]) -> str:
     found, columns = marks(rows), columns_of(rows)
     parts = [_markdown_section(section, columns, found) for section in sections(rows)]
     text = "\n\n".join([*parts, NOTE])
-    return text + "\n" + "".join(f"\n- {_plain(sentence)}" for sentence in sentences) + "\n"
+    return text + "\n" + "".join(f"\n- {markdown_text(sentence)}" for sentence in sentences) + "\n"
 
 
 def _markdown_section(section: Section, columns: Sequence[Column], found: Marks) -> str:
@@ -63,12 +63,12 @@ def _markdown_section(section: Section, columns: Sequence[Column], found: Marks)
         cells = [
             marked(row, column, found, "**{}**", "<u>{}</u>") + beside(row, column) for column in columns
         ]
-        lines.append([_plain(row.method), row.seeds_text, *cells, published_label(row.method) or "–"])
+        lines.append([markdown_text(row.method), row.seeds_text, *cells, published_label(row.method) or "–"])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"## {_plain(section.dataset)}: {section.title}\n\n{table}"
+    return f"## {markdown_text(section.dataset)}: {section.title}\n\n{table}"
 
 
-def _plain(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Text from records that Markdown shall not read as a cell's border or as HTML."""
     return one_line(text).replace("|", "\\|").replace("<", "&lt;")
 

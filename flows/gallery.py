@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 from PIL import Image
 
 from flows.results import OURS, Run
+from tasks.images import READ_FORMATS
 from tasks.records import AugmentedImage, Frozen, Level, Verdict
 from tasks.store import StoreError
 from tasks.text import one_line, readable
@@ -294,7 +295,7 @@ def _picture(place: SetPlace, row: AugmentedImage) -> Picture:
 def embedded(path: Path) -> str:
     """A picture as a data URI: as it is if small, else scaled down to ``SIDE`` pixels and packed as WebP."""
     data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
         if max(image.size) <= SIDE and len(data) <= PICTURE_BYTES:
             return data_uri(data, "image/png")
         small = image.convert("RGB")

@@ -16,14 +16,14 @@ from tasks.context import EpochContext
 from tasks.diffusion.generator import GeneratorSettings
 from tasks.diffusion.losses import similarities
 from tasks.diffusion.tuning import TuningExample
-from tasks.images import as_unit, load_images
+from tasks.images import as_unit
 from tasks.loading import (
     MINIATURE_CAPTIONER,
     augmented_images,
     augmented_tensors,
     generator_for,
     generator_identity,
-    original_paths,
+    originals,
     session_of,
 )
 from tasks.miniature.reader import Reading
@@ -198,7 +198,7 @@ def _grouped(images: Sequence[ImageRef], readings: Iterable[Reading]) -> dict[in
 
 
 def _real_tensors(context: EpochContext, images: Sequence[ImageRef]) -> Tensor:
-    return load_images(original_paths(context, images), SIZE)
+    return as_unit(originals(context, images, SIZE))
 
 
 def _features(context: EpochContext, images: Sequence[ImageRef]) -> dict[int, Tensor]:

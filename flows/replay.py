@@ -6,7 +6,6 @@ made (:mod:`flows.rerun`), and its files are compared bit for bit, else by how m
 """
 
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -151,8 +150,8 @@ def replay(
     chosen = _chosen(recorded, stages)
     if chosen == ["regenerate"] and (why := _not_drawn_again(recorded, config)) is not None:
         raise ReplayError(why)
-    with tempfile.TemporaryDirectory(prefix="fscil-replay-") as scratch:
-        rerun = Rerun(recorded, config, Path(scratch))
+    with Store(config.runtime.state).scratch() as scratch:
+        rerun = Rerun(recorded, config, scratch)
         reports = tuple(_replayed(rerun, recorded, config, name) for name in chosen)
     report = ReplayReport(
         run=config.run_key,
@@ -263,8 +262,12 @@ def _of_mlflow(run_id: str, overrides: Sequence[str]) -> tuple[Path, int | None]
     tags = run_tags(here.tracking, run_id)
     if "fscil.run" not in tags:
         raise ReplayError(f"the MLflow run {run_id} is none of this project: it has no tag fscil.run")
-    session = tags.get("fscil.session")
-    return here.runtime.runs / tags["fscil.run"], None if session is None else int(session)
+    run, session = tags["fscil.run"], tags.get("fscil.session", "")
+    if not _RUN_KEY.fullmatch(run) or ".." in run.split("/") or (session and not session.isdecimal()):
+        raise ReplayError(
+            f"the MLflow run {run_id} is none of this project: its tags say run {run!r} and session {session!r}"
+        )
+    return here.runtime.runs / run, int(session) if session else None
 
 
 def _here(overrides: Sequence[str]) -> ExperimentConfig:

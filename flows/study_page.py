@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
+from urllib.parse import quote
 
+from flows.formats import markdown_text
 from flows.measures import LOOKS, ContrastChange, RealMeasure, SetMeasure, TuningMeasure
 from flows.results import METHODS
 from flows.tables import HEADINGS, Row, Statistic
@@ -124,12 +126,18 @@ def page(study: Study, rows: Sequence[Row]) -> str:
         "Mean ± standard deviation over seeds; shares and accuracies in percent.",
     ]
     for dataset in study.datasets:
-        parts += [f"![{dataset}](study-{dataset}.png)", *_sets(study, dataset), *_tunings(study, dataset)]
+        picture = f"![{markdown_text(dataset)}]({quote(f'study-{dataset}.png')})"
+        parts += [picture, *_sets(study, dataset), *_tunings(study, dataset)]
     parts += ["## (d) Accuracy after the last session", _accuracies(rows)]
     for dataset, measure in study.windows.items():
-        parts += [f"## (e) {dataset}: which step settles what", windows_table(measure), NOTE, advice(measure)]
+        parts += [
+            f"## (e) {markdown_text(dataset)}: which step settles what",
+            windows_table(measure),
+            NOTE,
+            advice(measure),
+        ]
     if study.skipped:
-        parts += ["## Not measured", "\n".join(f"- {sentence}" for sentence in study.skipped)]
+        parts += ["## Not measured", "\n".join(f"- {markdown_text(sentence)}" for sentence in study.skipped)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -162,7 +170,11 @@ def _sets(study: Study, dataset: str) -> list[str]:
         "features of the judge, a network that no stage asks, scaled to one length (0: the same, 14: as far as can "
         "be); real images: training against validation images."
     )
-    return [f"## (a), (c) {dataset}: what the generated images look like", _markdown(headings, cells), note]
+    return [
+        f"## (a), (c) {markdown_text(dataset)}: what the generated images look like",
+        _markdown(headings, cells),
+        note,
+    ]
 
 
 def _share_of(name: str) -> Callable[[SetMeasure], float]:
@@ -192,7 +204,11 @@ def _tunings(study: Study, dataset: str) -> list[str]:
         "SSIM of images drawn from a tuning's prompts on noise that it has not seen, with the adapter before and "
         "after it, to the failure that they should approach and to the images that they should leave."
     )
-    return [f"## (b) {dataset}: contrast before and after tuning", _markdown(headings, cells), note]
+    return [
+        f"## (b) {markdown_text(dataset)}: contrast before and after tuning",
+        _markdown(headings, cells),
+        note,
+    ]
 
 
 def _accuracies(rows: Sequence[Row]) -> str:
@@ -202,7 +218,7 @@ def _accuracies(rows: Sequence[Row]) -> str:
 
 
 def _markdown(headings: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    lines_of = (headings, ["---"] * len(headings), *cells)
+    lines_of = (headings, ["---"] * len(headings), *(map(markdown_text, line) for line in cells))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines_of)
 
 

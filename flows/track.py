@@ -60,6 +60,16 @@ def _folders(runs: Path) -> Iterator[RunFolder]:
 
 
 def _track(run: RunFolder, key: str, store: Store, settings: TrackingSettings) -> Tracked:
+    """Log one run, unless another process has it: two that look for a run of MLflow at once would make two."""
+    try:
+        with store.run_lock(key):
+            return _track_alone(run, key, store, settings)
+    except Timeout:
+        busy = "nothing was written, as another process is at it: track it again when that has ended"
+        return Tracked(run=key, sessions=0, epochs=0, status=busy)
+
+
+def _track_alone(run: RunFolder, key: str, store: Store, settings: TrackingSettings) -> Tracked:
     tracker = Tracker(settings, store, key)
     tracker.start(read_json(run.root / "config.json"), run.provenance(store.root))
     places, names = run.places(), _class_names(run)
@@ -77,7 +87,7 @@ def _track(run: RunFolder, key: str, store: Store, settings: TrackingSettings) -
         run=key,
         sessions=len(sessions),
         epochs=sum(epoch != INITIAL for _, epoch in places),
-        status=_end(run, key, store, tracker),
+        status=_end(run, tracker),
     )
 
 
@@ -90,16 +100,10 @@ def _class_names(run: RunFolder) -> tuple[str, ...]:
     return tuple(str(label) for label in range(max(labels, default=-1) + 1))
 
 
-def _end(run: RunFolder, key: str, store: Store, tracker: Tracker) -> str:
-    """Finished, running in another process, or stopped before its end."""
+def _end(run: RunFolder, tracker: Tracker) -> str:
+    """Finished, or stopped before its end."""
     if (file := run.root / "experiment.json").is_file():
         tracker.finish(read_record(file, ExperimentRecord))
         return "finished"
-    lock = store.run_lock(key)
-    try:
-        lock.acquire()
-    except Timeout:
-        return "still running"
-    lock.release()
     tracker.stop()
     return "stopped before its end"

@@ -36,11 +36,11 @@ class ImageCache:
 
         Args:
             paths: n picture files.
-            digests: their content ids, under which the copies are kept.
+            digests: their content ids, under which the copies are kept; what is decoded must have them.
             size: side of the result, in pixels.
 
         Raises:
-            UnreadableImageError: names the path and what is wrong with it.
+            UnreadableImageError: names the path and what is wrong with it, another content than the id's too.
         """
         images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
         missing, used = [], set()
@@ -51,7 +51,8 @@ class ImageCache:
                 self._kept.move_to_end((digest, size))
                 used.add((digest, size))
                 images[i] = pixels
-        for i, pixels in zip(missing, _decoded([paths[i] for i in missing], size), strict=True):
+        decoded = _decoded([paths[i] for i in missing], [digests[i] for i in missing], size)
+        for i, pixels in zip(missing, decoded, strict=True):
             images[i] = pixels
             self._keep((digests[i], size), pixels, used)
         return images
@@ -66,9 +67,9 @@ class ImageCache:
             used.add(key)
 
 
-def _decoded(paths: Sequence[Path], size: int) -> Iterator[Tensor]:
+def _decoded(paths: Sequence[Path], digests: Sequence[Digest], size: int) -> Iterator[Tensor]:
     if size < THREADED_SIZE or len(paths) < 2:
-        yield from map(load_pixels, paths, repeat(size))
+        yield from map(load_pixels, paths, repeat(size), digests)
         return
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        yield from pool.map(load_pixels, paths, repeat(size))
+        yield from pool.map(load_pixels, paths, repeat(size), digests)

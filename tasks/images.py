@@ -5,6 +5,7 @@ a batch is [n, 3, h, w]. Models normalise for themselves.
 """
 
 import base64
+import hashlib
 import io
 import struct
 import zlib
@@ -24,6 +25,12 @@ STORED_BYTES = 65_535
 """Pictures up to this many raw bytes are written uncompressed: then no zlib version enters their bytes."""
 
 
+READ_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")
+"""What is decoded. Pillow knows many more; one of them hands the file to a program (PostScript), few see a fuzzer."""
+
+DARKEST_16_BIT = 16_383
+"""The highest value of a picture of 16 bits that is taken for one of fewer, kept in 16: it would be nearly black."""
+
 Format = Literal["png", "webp"]
 """Of files that are written: both keep every pixel; WebP takes more time and about a quarter less room."""
 
@@ -40,7 +47,7 @@ def load_image(path: Path, size: int | None) -> Tensor:
 
     What it is, is read from its content, whatever its name ends in. Greyscale and palettes become RGB,
     transparency is laid on white, 16-bit values are scaled, CMYK is converted, the EXIF orientation is applied,
-    of an animation the first frame is taken.
+    of an animation the first frame is taken. Formats are those of :data:`READ_FORMATS`.
 
     Args:
         path: A picture file.
@@ -55,9 +62,18 @@ def load_image(path: Path, size: int | None) -> Tensor:
     return load_pixels(path, size).float() / 255
 
 
-def load_pixels(path: Path, size: int | None) -> Tensor:
-    """Read one picture as :func:`load_image` does, as it is stored: uint8 [3, h, w]."""
-    picture = _open_rgb(path)
+def load_pixels(path: Path, size: int | None, md5: str | None = None) -> Tensor:
+    """Read one picture as :func:`load_image` does, as it is stored: uint8 [3, h, w].
+
+    Args:
+        path: A picture file.
+        size: Side of the result, or None.
+        md5: What the file's content was when it was recorded, in hexadecimal digits; None takes any.
+
+    Raises:
+        UnreadableImageError: As for :func:`load_image`, or the content is another.
+    """
+    picture = _open_rgb(path, None if md5 is None else io.BytesIO(_unchanged(path, md5)))
     if size is not None and picture.size != (size, size):
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
@@ -68,6 +84,28 @@ def load_images(paths: Sequence[Path], size: int) -> Tensor:
     if not paths:
         return torch.zeros(0, 3, size, size)
     return torch.stack([load_image(path, size) for path in paths])
+
+
+def refuse_changed(path: Path, md5: str) -> None:
+    """See that a picture file is the one that was recorded.
+
+    Raises:
+        UnreadableImageError: It is another one, or none.
+    """
+    _unchanged(path, md5)
+
+
+def _unchanged(path: Path, md5: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
+        raise UnreadableImageError(
+            f"the image {path} is not the one that was recorded: its content has changed. Put it back; or, if it was "
+            "meant to change, touch it and begin the run anew"
+        )
+    return data
 
 
 def refuse_unreadable(data: bytes, name: str) -> None:
@@ -81,19 +119,33 @@ def refuse_unreadable(data: bytes, name: str) -> None:
 
 def _open_rgb(path: Path, data: io.BytesIO | None = None) -> Image.Image:
     try:
-        with Image.open(data or path) as picture:
+        with Image.open(data or path, formats=READ_FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise _too_large(path)
-            return _to_rgb(path, ImageOps.exif_transpose(picture))
+            deep = any("16" in str(part) for tile in getattr(picture, "tile", ()) for part in tile[3:])
+            turned = ImageOps.exif_transpose(picture)
+            if deep and turned.mode in ("LA", "RGB", "RGBA"):  # Pillow keeps the upper 8 of each 16 bits
+                _refuse_too_dark(path, turned)
+            return _to_rgb(path, turned)
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError as error:
         raise _too_large(path) from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error
-        raise UnreadableImageError(
-            f"cannot read the image {path}: {reason}; replace or remove the file"
-        ) from error
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        NotImplementedError,
+        struct.error,
+        zlib.error,
+    ) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UnreadableImageError:
+    reason = "no such file" if isinstance(error, FileNotFoundError) else error
+    return UnreadableImageError(f"cannot read the image {path}: {reason}; replace or remove the file")
 
 
 def _too_large(path: Path) -> UnreadableImageError:
@@ -118,13 +170,27 @@ def _to_rgb(path: Path, picture: Image.Image) -> Image.Image:
 
 def _from_16_bit(path: Path, picture: Image.Image) -> Image.Image:
     values = np.asarray(picture).astype(np.int64)
-    low, high = values.min(), values.max()
-    if low < 0 or high > 65_535 or 0 < high <= 255:
-        raise UnreadableImageError(
-            f"cannot read the image {path}: its values go from {low} to {high}, not up to 65,535 as those of 16 bits; "
-            f"save it with 8 bits"
-        )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65_535 or 0 < high <= DARKEST_16_BIT:
+        raise _too_dark(path, low, high)
+    scaled = ((values + 128) // 257).astype(np.uint8)
+    if isinstance(clear := picture.info.get("transparency"), int):  # one value of the 65,536
+        scaled[values == clear] = 255
+    return Image.fromarray(scaled)
+
+
+def _refuse_too_dark(path: Path, picture: Image.Image) -> None:
+    colours = np.asarray(picture)[..., : len(picture.getbands()) - ("A" in picture.getbands())]
+    low, high = int(colours.min()) * 256, int(colours.max()) * 256 + 255
+    if 255 < high <= DARKEST_16_BIT:
+        raise _too_dark(path, low, high)
+
+
+def _too_dark(path: Path, low: int, high: int) -> UnreadableImageError:
+    return UnreadableImageError(
+        f"cannot read the image {path}: its values go from {low:,} to {high:,}, not up to 65,535 as those of 16 bits "
+        f"(8, 10, 12 or 14 bits kept in 16 would come out nearly black); save it with 8 bits"
+    )
 
 
 # ---------------------------------------------------------------------------------------- writing

@@ -16,6 +16,7 @@ from tasks.context import EpochContext
 from tasks.diffusion.checkpoint import weights_digest
 from tasks.diffusion.generator import GeneratorSettings, StableDiffusion
 from tasks.image_cache import MEBIBYTE, ImageCache
+from tasks.images import refuse_changed
 from tasks.learners.base import Learner, TrainingData
 from tasks.learners.factory import LearnerSettings, make_learner
 from tasks.learners.language import language_digest
@@ -45,13 +46,17 @@ def session_of(context: EpochContext) -> Session:
 
 
 def original_paths(context: EpochContext, images: Sequence[ImageRef]) -> list[Path]:
-    """Files of original images."""
-    return [context.data_root / image.path for image in images]
+    """Files of original images, each found to be what was recorded.
+
+    Raises:
+        UnreadableImageError: one is not.
+    """
+    return _unchanged(context.data_root, images)
 
 
-def originals(context: EpochContext, images: Sequence[ImageRef]) -> Tensor:
+def originals(context: EpochContext, images: Sequence[ImageRef], size: int | None = None) -> Tensor:
     """Original images as one tensor of pixels, uint8 [n, 3, size, size]."""
-    return _images(context, images, [], context.dataset.size)
+    return _images(context, images, [], size or context.dataset.size)
 
 
 def augmented_images(context: EpochContext) -> list[AugmentedImage]:
@@ -61,11 +66,25 @@ def augmented_images(context: EpochContext) -> list[AugmentedImage]:
 
 
 def augmented_paths(context: EpochContext, images: Sequence[AugmentedImage]) -> list[Path]:
-    """Files of generated images of A_k."""
+    """Files of generated images of A_k, each found to be what was recorded.
+
+    Raises:
+        UnreadableImageError: one is not.
+    """
+    return _unchanged(_drawn(context), images)
+
+
+def _drawn(context: EpochContext) -> Path:
     augmentation = context.start.augmentation
     assert augmentation is not None, "the epoch has no generated images"
-    folder = context.store.locate(augmentation.images)
-    return [folder / image.path for image in images]
+    return context.store.locate(augmentation.images)
+
+
+def _unchanged(root: Path, images: Sequence[ImageRef | AugmentedImage]) -> list[Path]:
+    paths = [root / image.path for image in images]
+    for path, image in zip(paths, images, strict=True):
+        refuse_changed(path, image.digest)
+    return paths
 
 
 def augmented_tensors(
@@ -84,7 +103,10 @@ def drawn_tensors(context: EpochContext, folder: Path, images: Sequence[Augmente
 def _images(
     context: EpochContext, images: Sequence[ImageRef], generated: Sequence[AugmentedImage], size: int
 ) -> Tensor:
-    paths = original_paths(context, images) + (augmented_paths(context, generated) if generated else [])
+    paths = [context.data_root / image.path for image in images]
+    if generated:
+        folder = _drawn(context)
+        paths += [folder / image.path for image in generated]
     digests = [image.digest for image in images] + [image.digest for image in generated]
     return _cache(context.runtime.image_cache).load(paths, digests, size)
 

@@ -8,9 +8,9 @@ their :class:`ArtifactRef`.
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Generic, Literal, NewType, Self, TypeVar
+from typing import Annotated, Generic, Literal, NewType, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 RECORD_FORMAT = 1
 
@@ -26,6 +26,16 @@ class Frozen(BaseModel):
 
 # ----------------------------------------------------------------------------------------- artifacts
 
+
+def _inside(path: str) -> str:
+    if "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError("a path in a record is relative and stays inside of its folder")
+    return path
+
+
+InsidePath = Annotated[str, AfterValidator(_inside)]
+"""A file's path relative to some folder, with slashes, which leads nowhere else whoever wrote the record."""
+
 ArtifactKind = Literal[
     "session", "classifier", "predictions", "pairs", "triplets", "clusters", "verdicts", "transcript",
     "adapter", "images", "manifest",
@@ -38,7 +48,7 @@ class ArtifactRef(Frozen):
     ``path`` is ``<stage>/<fingerprint>/<name>``, relative to the store's stages folder.
     """
 
-    path: str
+    path: Annotated[str, StringConstraints(pattern=r"^[^/]+/[^/]+/[^/]"), AfterValidator(_inside)]
     digest: Digest
     kind: ArtifactKind
 
@@ -52,7 +62,7 @@ class ImageRef(Frozen):
     """One original image. ``path`` is relative to the dataset's root; ``id`` is unique in the dataset."""
 
     id: str
-    path: str
+    path: InsidePath
     digest: Digest
     label: int
 
@@ -185,7 +195,7 @@ class AugmentedImage(Frozen):
     label: int
     prompt: str
     seed: int
-    path: str
+    path: InsidePath
     digest: Digest
     parent_id: str | None
 

@@ -1,14 +1,15 @@
 """Keys stand in the environment and nowhere else: what a setting may not hold, and how a key is recognised.
 
 A setting is written into records, MLflow, Prefect and DVC, and an override into the shell's history. So one that
-holds a key is refused, by a sentence that does not repeat it. Three things are taken for a key: the value of an
-environment variable whose name says that it is one, a text in a provider's form, and what an address says
-beside host and path. A key that has neither form nor variable cannot be recognised.
+holds a key is refused, by a sentence that does not repeat it. Taken for a key are: the value of an environment
+variable whose name says that it is one, an interpolation of such a variable, a text in a provider's form, and what an
+address says beside host and path. A key that has neither form nor variable cannot be recognised.
 """
 
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 _WORDS = r"(?:key|token|secret|password|passwd|pwd|passphrase|credentials?|auth|auth_string|signature|sig)$"
@@ -19,9 +20,11 @@ _FORM = re.compile(
     r"glpat-[\w-]{16,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}|pn[ub]_[A-Za-z0-9]{20,}|"
     r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+)"
 )
+_INTERPOLATION = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([^'\",}\s]+)")
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\",\]}]+")
 _SHORTEST = 12
-"""Values of fewer characters are not looked for: ``secret`` and ``password`` stand in honest texts."""
+"""Values of fewer characters are not looked for (``secret`` and ``password`` stand in honest texts), but their variables
+may not be interpolated either."""
 
 REMEDY = (
     "keys come from the environment only: export it under a variable (vlm.api_key_env and images_api.api_key_env "
@@ -36,12 +39,23 @@ def secret_values(environment: Mapping[str, str] | None = None) -> dict[str, str
     return {
         name: value.strip()
         for name, value in held.items()
-        if _VARIABLE.search(name) and len(value.strip()) >= _SHORTEST and not value.startswith(("/", "~"))
+        if _VARIABLE.search(name) and len(value.strip()) >= _SHORTEST and not _is_path(value.strip())
     }
+
+
+def _is_path(value: str) -> bool:
+    """Whether a value names a file that is there, as ``SSL_KEY=/etc/ssl/key.pem`` does; a key may begin with a slash."""
+    try:
+        return value.startswith(("/", "~")) and Path(value).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def secret_in(text: str) -> str | None:
     """What of a text is secret, in words that do not repeat it; None where nothing is."""
+    for name in _INTERPOLATION.findall(text):
+        if _VARIABLE.search(name):
+            return f"an interpolation of the environment variable {name}"
     for name, value in secret_values().items():
         if value in text or value in unquote(text):
             return f"the value of the environment variable {name}"
@@ -58,7 +72,7 @@ def named_so(setting: str) -> bool:
 
 
 def credentials_in(address: str) -> bool:
-    """Whether an address says more than where: a password, or over HTTP any name; or a key in its query."""
+    """Whether an address says more than where: a password, or over HTTP any name; or a key in its query or fragment."""
     try:
         parts = urlsplit(address)
         user, password = parts.username, parts.password
@@ -66,7 +80,8 @@ def credentials_in(address: str) -> bool:
         return "@" in address
     if password is not None or (user is not None and parts.scheme in ("http", "https")):
         return True
-    return any(named_so(name) and value for name, value in parse_qsl(parts.query))
+    said = parse_qsl(parts.query) + parse_qsl(parts.fragment)
+    return any(named_so(name) and value for name, value in said)
 
 
 def refuse_in_overrides(overrides: Sequence[str]) -> None:
@@ -76,10 +91,12 @@ def refuse_in_overrides(overrides: Sequence[str]) -> None:
         ValueError: one does; the message names the setting and not the value.
     """
     for override in overrides:
-        name, _, value = override.lstrip("+~'\"").partition("=")
+        name, equals, value = override.lstrip("+~'\"").partition("=")
+        if not equals:
+            name, value = "an argument", override
         named = "class_names" not in name and named_so(name) and value not in ("", "null")
         if (found := "a key" if named else secret_in(value)) is not None:
-            raise ValueError(f"{name}= holds {found}; {REMEDY}")
+            raise ValueError(f"{name}{equals} holds {found}; {REMEDY}")
 
 
 def refuse_in_settings(settings: Mapping[str, object]) -> None:
@@ -96,7 +113,7 @@ def refuse_in_settings(settings: Mapping[str, object]) -> None:
 def _texts(value: object, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _texts(inner, f"{name}.{key}" if name else str(key))
+            yield from _texts(inner, f"{name}.{key}".lstrip("."))
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _texts(inner, name)

@@ -5,6 +5,7 @@ State lives below one root (``.fscil``), ignored by git and DVC:
     stages/<stage>/<fingerprint>/           a sealed stage: its files, timing.json, record.json
     stages/<stage>/<fingerprint>.partial/   work in progress; kept after a kill so that shards survive
     locks/  vlm/  runs/                     file locks, VLM answers, provenance
+    tmp/                                    folders of processes that live; those of dead ones are removed
 
 A stage computes in its ``.partial`` folder; its record is written last, everything is synced and the
 folder renamed, so presence means complete. A ``.partial`` with a record lacks only its name and is given it.
@@ -22,8 +23,9 @@ import re
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -406,6 +408,18 @@ class Store:
     def lock(self, name: str) -> FileLock:
         """A lock that those who share this store wait for; the kernel frees it when its holder dies."""
         return FileLock(self._lock_path(name))
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty folder for as long as the block lasts; one that a kill leaves is removed by the next that asks."""
+        place = self.root / "tmp"
+        clear_leftovers(place.glob(".*.tmp"))
+        folder = place / f".{uuid.uuid4().hex}.{os.getpid()}.tmp"
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            remove(folder)
 
     def run_lock(self, key: str) -> FileLock:
         """The lock of one run key; the kernel frees it when its holder dies."""

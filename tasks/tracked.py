@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from tasks.images import READ_FORMATS
 from tasks.records import (
     AugmentationSet,
     AugmentedImage,
@@ -28,6 +29,7 @@ from tasks.store import artifacts_of
 from tasks.text import readable
 
 STAGES = ("train", "evaluate", "mine", "compare", "tune", "regenerate")
+LONGEST_NAME = 100  # characters of a class's name in a file's name, which holds more and ends at 255
 CAPTION_CHARS = 2000  # of a VLM's caption in a table or on a page
 _THUMBNAIL = 256  # pixels of the small copy that MLflow's UI shows beside each image
 
@@ -136,8 +138,9 @@ def plain(name: str) -> str:
 
 
 def distinct(name: str) -> str:
-    """:func:`plain`, with a mark of the whole name where something of it was lost: ``é`` and ``ü`` stay two."""
-    return shown if (shown := plain(name)) == name else f"{shown}-{content_id(name)[:6]}"
+    """:func:`plain` and short, with a mark of the whole name where something was lost: ``é`` and ``ü`` stay two."""
+    shown = plain(name)[:LONGEST_NAME]
+    return shown if shown == name else f"{shown}-{content_id(name)[:6]}"
 
 
 # ------------------------------------------------------------------------------------------ params, tags
@@ -225,7 +228,7 @@ def contact_sheet(paths: list[Path], side: int) -> Image.Image:
     rows = math.ceil(len(paths) / columns)
     sheet = Image.new("RGB", (columns * (side + gap) - gap, rows * (side + gap) - gap), (128, 128, 128))
     for place, path in enumerate(paths):
-        with Image.open(path) as opened:
+        with Image.open(path, formats=READ_FORMATS) as opened:
             small = max(opened.size) < side
             tile = opened.convert("RGB").resize(
                 (side, side), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS

@@ -19,7 +19,6 @@ from the results folder, times from the state. What is shown is described in doc
 import json
 import logging
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -212,7 +211,9 @@ class Tracker:
         if record.compare is not None:
             verdicts = read_lines(folder / record.compare.output.verdicts.name, Verdict)
             table = verdict_table(verdicts, self._classes)
-            self._runs.log_table(child.info.run_id, f"verdicts_epoch_{record.epoch:03d}.json", table)
+            with self.store.scratch() as work:
+                name = f"verdicts_epoch_{record.epoch:03d}.json"
+                self._runs.log_table(child.info.run_id, name, table, work)
             self._log_dialogue(child, record.compare, folder, f"{self.run_key} · {_place(record)} · compare")
         if record.tune is not None and (adapter := record.tune.output.adapter) is not None:
             target = f"adapter/epoch-{record.epoch:03d}"
@@ -309,15 +310,17 @@ class Tracker:
         if child.data.tags.get(mark) == images.images.digest:
             return
         stamp = self._ended(record) or self._logged_at(child, images.epoch) or int(time.time() * 1000)
-        with tempfile.TemporaryDirectory() as work:
+        with self.store.scratch() as work:
             for name, members in by_class(rows).items():
                 shown = [
                     folder / images.images.name / row.path for row in members[: self.settings.grid_images]
                 ]
                 sheet = contact_sheet(shown, self.settings.grid_side)
-                save_series(sheet, Path(work), f"class~{distinct(name)}", images, stamp)
-            self._runs.client.log_artifacts(child.info.run_id, work, "images")
-        self._runs.log_table(child.info.run_id, f"prompts_epoch_{images.epoch:03d}.json", prompt_table(rows))
+                save_series(sheet, work, f"class~{distinct(name)}", images, stamp)
+            self._runs.client.log_artifacts(child.info.run_id, str(work), "images")
+        with self.store.scratch() as work:
+            table = f"prompts_epoch_{images.epoch:03d}.json"
+            self._runs.log_table(child.info.run_id, table, prompt_table(rows), work)
         self._runs.log(child.info.run_id, tags={"mlflow.loggedImages": "True", mark: images.images.digest})
 
     def _log_confusion(
@@ -330,10 +333,12 @@ class Tracker:
         rows = read_lines(folder / "test" / tested.predictions.name, Prediction)
         counts = confusion_matrix(rows, len(class_names))
         title = f"{self.run_key}, session {record.session}: {tested.accuracy.overall:.1%} of the test right"
-        with tempfile.TemporaryDirectory() as work:
-            Path(work, "test.png").write_bytes(draw_confusion(counts, class_names, title))
-            self._runs.client.log_artifacts(child.info.run_id, work, "confusion")
-        self._runs.log_table(child.info.run_id, "confusion_test.json", confusion_table(counts, class_names))
+        with self.store.scratch() as work:
+            (work / "test.png").write_bytes(draw_confusion(counts, class_names, title))
+            self._runs.client.log_artifacts(child.info.run_id, str(work), "confusion")
+        with self.store.scratch() as work:
+            table = confusion_table(counts, class_names)
+            self._runs.log_table(child.info.run_id, "confusion_test.json", table, work)
         self._runs.log(child.info.run_id, tags={"dvc.md5.test.predictions": tested.predictions.digest})
 
     def _register(self, child: "Run", record: SessionRecord) -> None:

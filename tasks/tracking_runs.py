@@ -6,7 +6,6 @@ Only explicit run ids are used, no active run, so threads do not matter. MLflow 
 import json
 import os
 import sqlite3
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -185,12 +184,11 @@ class Runs:
             if all(point.step != step for point in self.client.get_metric_history(run_id, name))
         ]
 
-    def log_table(self, run_id: str, name: str, table: Mapping[str, object]) -> None:
-        """Log a table, and tell MLflow's UI that it is one, as far as one tag can hold."""
-        with tempfile.TemporaryDirectory() as work:
-            path = Path(work, name)
-            path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
-            self.client.log_artifact(run_id, str(path), "tables")
+    def log_table(self, run_id: str, name: str, table: Mapping[str, object], work: Path) -> None:
+        """Log a table, and tell MLflow's UI that it is one, as far as one tag can hold. ``work`` is a folder to write in."""
+        path = work / name
+        path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+        self.client.log_artifact(run_id, str(path), "tables")
         known = json.loads(self.tags(run_id).get(TABLES_TAG, "[]"))
         if (entry := {"path": f"tables/{name}", "type": "table"}) not in known:
             known.append(entry)

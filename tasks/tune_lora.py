@@ -16,14 +16,14 @@ from tasks.diffusion import adapters
 from tasks.diffusion.generator import GeneratorSettings
 from tasks.diffusion.tuning import TuningExample, TuningSettings, tune
 from tasks.diffusion.windows import StepsRule
-from tasks.images import as_unit, load_images
+from tasks.images import as_unit
 from tasks.loading import (
     augmented_images,
     augmented_tensors,
     generator_digest,
     generator_for,
     generator_identity,
-    original_paths,
+    originals,
 )
 from tasks.memory import within_memory
 from tasks.progress import stage_bar
@@ -140,7 +140,7 @@ def _example(
     return TuningExample(
         prompt=verdict.prompt_next if verdict else images[centre].prompt,
         level=verdict.level if verdict else "semantic",
-        positive=load_images(original_paths(context, [triplet.positive]), size)[0],
+        positive=as_unit(originals(context, [triplet.positive], size))[0],
         negatives=as_unit(augmented_tensors(context, negatives, size)),
         seed=seed_for(seed, centre, triplet.positive.id),
     )

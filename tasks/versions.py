@@ -270,6 +270,8 @@ def read_pointer(path: Path) -> Pointer:
     try:
         said = yaml.safe_load(path.read_text("utf-8"))
         (out,) = said["outs"]
+        if out["path"] in (".", ".."):
+            raise ValueError(f"its folder is {out['path']}")
         return Pointer(
             folder=path.with_name(out["path"]), digest=Digest(out["md5"]), meta=said.get("meta") or {}
         )

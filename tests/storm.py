@@ -55,6 +55,7 @@ MOMENTS = {
 SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
 MEASURED = ("seconds/", "memory_mib/", "system/")  # metrics of the machine, which differ from run to run
 ORDERLY_S = 5.0
+LOADED_S = 15.0  # with as many runs at once as the machine has processors
 LATE_S = 20.0  # a run that is about to end when it is asked to stop may end as it would have
 PATIENCE_S = 600
 
@@ -153,6 +154,8 @@ def strike(place: Place, moment: str, number: signal.Signals, dice: random.Rando
             outcome.faults.append(f"{number.name} ended it with {code}")
         elif code == 0 and took > LATE_S:
             outcome.faults.append(f"{number.name} was not heeded")
+        elif code and took > LOADED_S:
+            outcome.faults.append(f"{number.name} was heeded only after more than {LOADED_S:.0f} s")
         elif code and "the same command goes on from here" not in said:
             outcome.faults.append(f"{number.name} without a sentence on how to resume")
     return True
@@ -188,7 +191,9 @@ def start(place: Place, seed: int = 0, log: str = "log") -> subprocess.Popen[byt
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
         "OMP_NUM_THREADS": "1",
         "DO_NOT_TRACK": "1",
+        "TMPDIR": str(place.root / "tmp"),
     }
+    (place.root / "tmp").mkdir(exist_ok=True)
     with (place.root / log).open("wb") as told:
         return subprocess.Popen(
             [sys.executable, "-m", "flows", "dataset=digits", "method=guided", f"seed={seed}", *overrides],
@@ -279,7 +284,7 @@ def leftovers(place: Place) -> list[Path]:
         path
         for path in place.root.rglob("*")
         if path.name.endswith((".partial", ".tmp", ".damaged", "-journal")) and "prefect" not in path.parts
-    ]
+    ] + list((place.root / "tmp").iterdir())
 
 
 def processes(place: Place) -> list[str]:

@@ -8,7 +8,6 @@ import torch
 from tasks import image_cache
 from tasks.image_cache import ImageCache
 from tasks.images import UnreadableImageError, as_unit, load_images, load_pixels, save_png
-from tasks.records import Digest
 from tasks.store import digest_of
 
 SIZE = 8
@@ -28,9 +27,9 @@ def paths(tmp_path: Path) -> list[Path]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
-    def counting(path: Path, size: int) -> torch.Tensor:
+    def counting(path: Path, size: int, md5: str) -> torch.Tensor:
         names.append(path.stem)
-        return load_pixels(path, size)
+        return load_pixels(path, size, md5)
 
     monkeypatch.setattr(image_cache, "load_pixels", counting)
     return names
@@ -89,4 +88,19 @@ def test_large_pictures_are_decoded_by_threads_in_order(paths: list[Path], tmp_p
     assert torch.equal(as_unit(load(ImageCache(0), paths, 70)), load_images(paths, 70))
     (tmp_path / "bad.png").write_bytes(b"bad")
     with pytest.raises(UnreadableImageError, match=r"bad\.png"):
-        ImageCache(0).load([*paths, tmp_path / "bad.png"], [Digest(str(i)) for i in range(7)], 70)
+        load(ImageCache(0), [*paths, tmp_path / "bad.png"], 70)
+
+
+@pytest.mark.parametrize("size", [SIZE, 70])
+def test_a_picture_that_was_changed_or_lost_since_it_was_recorded_is_refused(
+    paths: list[Path], size: int
+) -> None:
+    digests = [digest_of(path) for path in paths]
+    content = bytearray(paths[3].read_bytes())
+    content[-30] ^= 1
+    paths[3].write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=r"3\.png is not the one that was recorded"):
+        ImageCache(100 * BYTES).load(paths, digests, size)
+    paths[3].unlink()
+    with pytest.raises(UnreadableImageError, match=r"3\.png: no such file"):
+        ImageCache(100 * BYTES).load(paths, digests, size)

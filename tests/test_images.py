@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from tasks.images import (
     UnreadableImageError,
@@ -267,6 +267,59 @@ def test_eight_bit_values_in_sixteen_bits_would_be_black_and_are_refused(tmp_pat
         load_image(path, 8)
     black = save(Image.fromarray(np.zeros((4, 4), np.uint16)), tmp_path / "black.png")
     assert torch.equal(pixel(black), torch.zeros(3))
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_fewer_bits_kept_in_sixteen_would_be_nearly_black_and_are_refused(tmp_path, bits):
+    ramp = np.linspace(0, 2**bits - 1, 256, dtype=np.uint16).reshape(16, 16)
+    grey = save(Image.fromarray(ramp), tmp_path / "grey.png")
+    rgb = tmp_path / "rgb.png"
+    rgb.write_bytes(deep_png(np.stack([ramp] * 3, axis=-1), 2))
+    alpha = tmp_path / "alpha.png"
+    alpha.write_bytes(deep_png(np.stack([ramp, np.full_like(ramp, 65_535)], axis=-1), 4))
+    for path in (grey, rgb, alpha):
+        with pytest.raises(UnreadableImageError, match=rf"{path.name}: its values go from 0 to .*14 bits"):
+            load_image(path, 8)
+
+
+def deep_png(values, kind):
+    """A PNG of 16 bits a channel, uint16 [h, w, channels], in a kind that Pillow reads and does not write."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    framed = (
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def test_colours_of_sixteen_bits_are_scaled(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(deep_png(np.array([[[65_535, 0, 32_896]]], np.uint16), 2))
+    assert torch.allclose(pixel(path), torch.tensor([1, 0, 128 / 255]))
+
+
+def test_the_transparent_value_of_a_sixteen_bit_picture_is_white(tmp_path):
+    values = np.array([[0, 1, 30_000, 65_535]], np.uint16)
+    path = save(Image.fromarray(values), tmp_path / "a.png", transparency=0)
+    seen = (load_image(path, None)[0, 0] * 255).round().int().tolist()
+    assert seen == [255, 0, 117, 255]
+
+
+def test_formats_that_are_programs_or_rare_are_no_pictures(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: begun.append(1))
+    written = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(written, format="EPS")
+    for data in (written.getvalue(), b"DDS " + bytes(200), b"P6 1 1 255\n\0\0\0"):
+        (tmp_path / "a.png").write_bytes(data)
+        with pytest.raises(UnreadableImageError, match=r"a\.png: cannot identify"):
+            load_image(tmp_path / "a.png", 8)
+        with pytest.raises(UnreadableImageError, match="reply: cannot identify"):
+            refuse_unreadable(data, "reply")
+    assert not begun, "PostScript was run"
 
 
 def test_cmyk_of_a_jpeg_is_converted(tmp_path):

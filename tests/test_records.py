@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from tasks.records import (
     ArtifactRef,
+    AugmentedImage,
     ClassCount,
     Digest,
     ExperimentRecord,
@@ -136,3 +137,33 @@ def test_an_artifact_knows_its_name_in_an_exported_folder() -> None:
 def test_what_is_no_number_stands_in_no_record_and_no_setting(value: float) -> None:
     with pytest.raises(ValueError, match="margin"):
         Prediction(image_id="a", label=0, predicted=1, margin=value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd",
+        "a/b//etc/passwd",
+        "../../../etc/passwd",
+        "a/b/../../../x",
+        "a/./b/c",
+        "a/b/",
+        "",
+        "a/b",
+        "a/b/c\0",
+    ],
+)
+def test_a_reference_leads_nowhere_else(path: str) -> None:
+    with pytest.raises(ValidationError, match="path"):
+        ArtifactRef(path=path, digest=Digest("d"), kind="images")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x.png", "a/../../x.png", "a//x.png", "."])
+def test_an_image_of_a_record_lies_in_its_folder(path: str) -> None:
+    with pytest.raises(ValidationError, match="stays inside"):
+        ImageRef(id="i", path=path, digest=Digest("d"), label=0)
+    with pytest.raises(ValidationError, match="stays inside"):
+        AugmentedImage(
+            id="i", slot="s", source_id=None, label=0, prompt="p", seed=0, path=path, digest=Digest("d"), parent_id=None
+        )  # fmt: skip
+    assert ImageRef(id="i", path="a b/ü..x.png", digest=Digest("d"), label=0).path == "a b/ü..x.png"

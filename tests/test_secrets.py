@@ -1,18 +1,26 @@
 """No setting holds a key: what is refused, what passes, and that no sentence repeats what it refuses."""
 
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 
+from flows import config
 from flows.config import ConfigError, load_config
 from tasks.secrets import credentials_in, refuse_in_overrides, refuse_in_settings, secret_in
 from tasks.tracking_runs import TrackingSettings
 
 KEY = "planted-5d81e0-a6b2"  # in no provider's form
 FORM = "sk-" + "planted0123456789abcd"
+SLASHED = "/planted0+99a8b7/c6d5"
 
 
 @pytest.fixture(autouse=True)
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_VENDORS_API_KEY", KEY)
+    monkeypatch.setenv("MY_DB_PASSWORD", "short")
+    monkeypatch.setenv("CLOUD_SECRET_KEY", SLASHED)
 
 
 @pytest.mark.parametrize(
@@ -33,13 +41,19 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
         "tracking.uri='postgresql://host/db?password=short'",
         "tracking.artifacts=s3://me:short@host/bucket",
         "runtime.address=ray://me:short@host:10001",
+        "tracking.experiment='${oc.env:MY_DB_PASSWORD}'",
+        "tracking.experiment='a-${ oc.env: MY_DB_PASSWORD, none }'",
+        f"vlm.model={SLASHED}",
+        "vlm.model='${oc.env:CLOUD_SECRET_KEY}'",
+        "'vlm.base_url=http://host/v1#access_token=short'",
+        FORM,
     ],
 )
 def test_a_key_in_an_override_is_refused_and_not_repeated(override: str) -> None:
     chosen = ["images_api=openai"] if "images_api" in override else ["vlm=openai_compatible"]
     with pytest.raises(ConfigError, match="keys come from the environment only") as told:
         load_config([*chosen, override])
-    assert not any(secret in str(told.value) for secret in (KEY, FORM, "short"))
+    assert not any(secret in str(told.value) for secret in (KEY, FORM, SLASHED, "short"))
     assert told.value.__cause__ is None, "a traceback would show it"
 
 
@@ -72,10 +86,24 @@ def test_settings_from_a_file_are_refused_like_overrides() -> None:
     refuse_in_settings({"vlm": {"model": "gpt-4o", "price": None}})
 
 
-def test_short_values_and_paths_in_such_variables_are_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interpolated_key_in_a_file_is_refused_whatever_its_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(config.CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(config, "CONFIGS", tmp_path / "configs")
+    file = tmp_path / "configs" / "vlm" / "openai_compatible.yaml"
+    said = re.sub(r"(?m)^model:.*", 'model: "${oc.env:MY_DB_PASSWORD}"', file.read_text())
+    file.write_text(said)
+    with pytest.raises(ConfigError, match=r"vlm\.model holds an interpolation .* MY_DB_PASSWORD"):
+        load_config(["vlm=openai_compatible"])
+
+
+def test_short_values_and_paths_in_such_variables_are_not_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("THEIR_TOKEN", "miniature")
-    monkeypatch.setenv("SSH_KEY", "/etc/some/place/of/keys")
-    refuse_in_overrides(["vlm=miniature", "dataset.root=/etc/some/place/of/keys"])
+    monkeypatch.setenv("SSH_KEY", str(tmp_path))
+    refuse_in_overrides(["vlm=miniature", f"dataset.root={tmp_path}"])
 
 
 def test_a_key_is_found_in_an_address_that_escapes_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +120,8 @@ def test_a_key_is_found_in_an_address_that_escapes_it(monkeypatch: pytest.Monkey
         ("postgresql://name:word@host/db", True),
         ("https://host/file?X-Amz-Signature=abc", True),
         ("https://host/file?token=", False),
+        ("https://host/file#access_token=abc", True),
+        ("https://host/file#part", False),
         ("http://[broken@", True),
         ("mlruns", False),
     ],

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -302,3 +303,16 @@ def test_an_error_says_in_which_stage_it_arose(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nan") as caught:
         Store(tmp_path).run("train", 1, settings={}, inputs={}, seed=0, output=Out, compute=compute)
     assert with_place(caught.value) == "train: the loss is nan"
+
+
+def test_a_scratch_folder_goes_with_its_block_and_those_of_the_dead_with_the_next(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    dead, alive = tmp_path / "tmp" / ".x.4194304.tmp", tmp_path / "tmp" / f".y.{os.getpid()}.tmp"
+    for folder in (dead, alive):
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    with suppress(KeyboardInterrupt), store.scratch() as work:
+        (work / "a").touch()
+        assert not dead.exists()
+        raise KeyboardInterrupt
+    assert list((tmp_path / "tmp").iterdir()) == [alive]

@@ -194,6 +194,10 @@ def test_a_file_that_is_no_pointer(tmp_path: Path) -> None:
     path.write_text("outs: []\n")
     with pytest.raises(StoreError, match="no pointer of DVC"):
         read_pointer(path)
+    for folder in ("..", ".", "a/b", "/etc", ""):
+        path.write_text(f"outs:\n- md5: {'0' * 32}.dir\n  path: '{folder}'\n")
+        with pytest.raises(StoreError, match="no pointer of DVC"):
+            read_pointer(path)
 
 
 def test_data_that_their_pointer_names_are_copied_in_and_others_are_left(here: Path) -> None:

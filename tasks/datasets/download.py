@@ -59,10 +59,19 @@ def local_path(address: str) -> Path | None:
     """The path that an address names, where it names one on disk.
 
     Raises:
-        DatasetError: A scheme other than http, https and file.
+        DatasetError: A scheme other than http, https and file, a name or password before the host, or no port's number.
     """
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+        name, host, _ = parts.username, parts.hostname, parts.port
+    except ValueError as error:
+        raise DatasetError("the address given cannot be read: its host or port is none") from error
     if parts.scheme in ("http", "https"):
+        if name is not None or not host:
+            raise DatasetError(
+                f"an address of {parts.scheme}:// is host and path, without a name or password: fetch what needs one in "
+                "another way, and give the path of the file"
+            )
         return None
     if parts.scheme == "file":
         return Path(unquote(parts.path))

@@ -4,6 +4,7 @@ Refused, whole, at the first sight of it: a name that leads out of the folder, a
 name that stands twice, more files or bytes than were said. Owners, modes and times of the archive are not taken over.
 """
 
+import lzma
 import re
 import stat
 import tarfile
@@ -11,11 +12,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, Self
 
 from tasks.datasets.settings import DatasetError
 
 CHUNK = 1 << 20
+LONGEST_HEADER = 1 << 16
+"""Of a tar archive's extension headers, in bytes: room for paths and attributes."""
 
 
 class Member(NamedTuple):
@@ -57,7 +60,15 @@ def unpack(
             if wanted(member.name):
                 _write(archive, member, path)
                 written += 1
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+    ) as error:
         raise DatasetError(f"{archive} is damaged or no archive: {error}; fetch it again") from error
     return written
 
@@ -66,7 +77,7 @@ def _members(archive: Path) -> Iterator[Member]:
     if zipfile.is_zipfile(archive):
         yield from _zip_members(archive)
         return
-    with tarfile.open(archive, "r|*") as tar:
+    with tarfile.open(archive, "r|*", tarinfo=_Header) as tar:
         for info in tar:
             if info.isdir():
                 _safe(archive, info.name)
@@ -74,6 +85,28 @@ def _members(archive: Path) -> Iterator[Member]:
                 yield Member(info.name, info.size, lambda info=info: tar.extractfile(info))  # type: ignore[misc]
             else:
                 raise _unsafe(archive, info.name, "a link or a device")
+
+
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose extension (a long name, attributes) is short: tarfile reads it into memory at one go."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("a file with holes, which no data set needs")
+        if info.type in _EXTENSIONS and info.size > LONGEST_HEADER:
+            raise tarfile.ReadError(f"an extension header of {info.size:,} bytes")
+        return info
 
 
 def _zip_members(archive: Path) -> Iterator[Member]:

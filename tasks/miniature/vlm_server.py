@@ -43,6 +43,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from tasks.images import MAX_PIXELS, READ_FORMATS
 from tasks.miniature.captions import (
     ATTRIBUTES,
     CATEGORIES,
@@ -64,7 +65,6 @@ BATCH = 16
 """Images are always read this many at a time, padded, so that a reading does not depend on its company."""
 GATHER_SECONDS = 0.004
 MAX_BODY = 32 * 2**20
-MAX_PIXELS = 64_000_000
 IMAGE_TOKENS = 64
 RULES = 2
 """Version of the rules, part of the model's name: answers by other rules are never taken from a cache."""
@@ -229,11 +229,19 @@ def decode_image(url: object) -> Tensor:
             f"expected a data:image/...;base64,... URL, got {str(url)[:40]!r}; nothing is fetched"
         )
     try:
-        with Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1], validate=True))) as picture:
+        data = base64.b64decode(url.split(",", 1)[1], validate=True)
+        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise _bad_image(f"the image has {picture.width} x {picture.height} pixels, too many")
             rgba = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        binascii.Error,
+        OSError,
+        SyntaxError,
+        ValueError,
+        NotImplementedError,
+        Image.DecompressionBombError,
+    ) as error:
         raise _bad_image(f"the image cannot be decoded: {error}") from error
     rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     if rgb.size != (SIDE, SIDE):

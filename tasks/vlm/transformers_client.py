@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tasks.images import READ_FORMATS
 from tasks.records import Digest, Usage
 from tasks.store import digest_of
 from tasks.vlm.client import ChatClient, Message, OnReply, Picture, Reply, Request, Sampling, VlmSettings
@@ -170,7 +171,8 @@ def _turn(message: Message) -> dict[str, Any]:
 
 
 def _decoded(picture: Picture) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(picture.url.split(",", 1)[1]))).convert("RGB")
+    data = io.BytesIO(base64.b64decode(picture.url.split(",", 1)[1]))
+    return Image.open(data, formats=READ_FORMATS).convert("RGB")
 
 
 @lru_cache(maxsize=1)

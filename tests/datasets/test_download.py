@@ -86,3 +86,20 @@ def test_a_file_on_disk_is_used_where_it_is(tmp_path, spell):
 
 def test_addresses_are_shown_without_what_may_be_secret():
     assert shown("https://me:word@example.org:8/a/b.zip?token=secret") == "https://example.org:8/a/b.zip"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://me:planted@127.0.0.1/x.zip",
+        "https://planted@127.0.0.1/x.zip",
+        "http://127.0.0.1:planted/x.zip",
+        "http://[planted/x.zip",
+        "http:///planted",
+    ],
+)
+def test_an_address_with_a_password_or_without_a_host_is_refused_and_not_repeated(tmp_path, address):
+    with pytest.raises(DatasetError, match="address") as told:
+        fetch(address, tmp_path / "x", MOST, None)
+    assert "planted" not in str(told.value)
+    assert list(tmp_path.iterdir()) == []

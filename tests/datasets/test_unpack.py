@@ -1,3 +1,4 @@
+import gzip
 import io
 import stat
 import tarfile
@@ -102,3 +103,32 @@ def test_a_name_that_stands_twice_is_refused(tmp_path):
 def test_a_damaged_archive_is_said_to_be_one(tmp_path, ruin):
     with pytest.raises(DatasetError, match="damaged or no archive"):
         run(tmp_path, ruin(tar({**GOOD, "top/c.jpg": bytes(range(256)) * 3})), most_bytes=10**6)
+
+
+def bomb(kind, size):
+    """A tar whose extension header says, and has, that many bytes."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = kind, size
+    ended = tarfile.TarInfo("top/a.jpg").tobuf() + bytes(1024)
+    return gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + b"a" * size + bytes(-size % 512) + ended)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_long_header_is_refused_before_it_is_read(tmp_path, kind):
+    assert run(tmp_path, bomb(tarfile.GNUTYPE_LONGNAME, 4096)) == 0
+    (tmp_path / "archive").unlink()
+    with pytest.raises(DatasetError, match=r"an extension header of 1,000,000 bytes"):
+        run(tmp_path, bomb(kind, 1_000_000))
+
+
+def test_a_file_with_holes_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="holes"):
+        run(tmp_path, tar(GOOD, special("top/c.jpg", tarfile.GNUTYPE_SPARSE)))
+
+
+def test_a_zip_packed_in_an_unknown_way_is_damaged(tmp_path):
+    content = bytearray(zipped({"top/a.jpg": b"a" * 9}))
+    for mark, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        content[content.index(mark) + place] = 97
+    with pytest.raises(DatasetError, match="is damaged or no archive"):
+        run(tmp_path, bytes(content))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import flows.__main__ as entry
+from flows import commands, reproduce
 from flows.__main__ import expand, main
 from flows.cli import failures_told_once
 from flows.config import CONFIGS, ConfigError, choices, differences, load_config
@@ -211,3 +213,23 @@ def test_missing_data_of_the_development_benchmark_names_a_command_that_exists(t
     config = load_config(["dataset=digits_dev", f"dataset.root={tmp_path / 'none'}"])
     with pytest.raises(ValueError, match=r"run `make data DATASET=digits`"):
         build_benchmark(config.dataset)
+
+
+@pytest.mark.parametrize("command", ["replay", "cell"])
+def test_a_key_is_refused_before_it_becomes_a_parameter_that_prefect_keeps(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begun() -> None:
+        pytest.fail("a flow run began")
+
+    bad = "tracking.uri=https://me:short@host"
+    monkeypatch.setattr(entry, "prefect_server", begun)
+    monkeypatch.setattr(commands, "prefect_server", begun)
+    monkeypatch.setattr(commands, "run_warm", lambda _: None)
+    monkeypatch.setattr(reproduce, "overrides_of", lambda _: [bad])
+    arguments = {"replay": ["runs/digits/guided/seed-0", bad], "cell": ["digits", "guided", "0"]}[command]
+
+    assert main([command, *arguments]) != 0
+    said = capsys.readouterr().err
+    assert "tracking.uri= holds an address with a password" in said
+    assert "short" not in said

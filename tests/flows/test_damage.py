@@ -1,13 +1,19 @@
 """A run whose files were damaged since: what was is named, it alone is computed again, and the results are the same."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from flows.experiment import fscil
+from flows.config import load_config
+from flows.experiment import RunError, fscil
+from tasks import loading
+from tasks.datasets.benchmark import build_benchmark
+from tasks.images import UnreadableImageError
+from tasks.store import read_json, write_json
 from tests.conftest import Place
 
 
@@ -79,3 +85,44 @@ def test_damaged_results_are_written_again(finished: Place, tmp_path: Path, dama
     halved(file)
     fscil("digits", "guided", 0, place.overrides())
     assert place.files("guided") == finished.files("guided")
+
+
+def test_an_original_that_was_exchanged_is_refused_even_if_its_size_and_time_are_the_same(
+    digits: Path, tmp_path: Path, prefect_server: None
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    place = Place(tmp_path, data)
+    settings = place.overrides("dataset.n_sessions=0", "stopping.max_epochs=1")
+    config = load_config(["method=finetune", *settings])
+    used = build_benchmark(config.dataset, cache=config.runtime.state / "datasets").sessions[0].train
+    zero, one = (data / next(ref.path for ref in used if ref.label == label) for label in (0, 1))
+    times = zero.stat()
+    assert one.stat().st_size == times.st_size
+    zero.write_bytes(one.read_bytes())
+    os.utime(zero, ns=(times.st_atime_ns, times.st_mtime_ns))
+    loading._cache.cache_clear()  # what another test has read under this digest is not read again
+    with pytest.raises(UnreadableImageError, match=f"{zero.name} is not the one that was recorded"):
+        fscil("digits", "finetune", 0, settings)
+
+
+@pytest.mark.parametrize("what", ["data_digest", "generator"])
+def test_other_data_or_weights_than_those_a_run_began_with_are_refused_until_it_is_begun_anew(
+    finished: Place, tmp_path: Path, what: str
+) -> None:
+    shutil.copytree(finished.root / "state", tmp_path / "state")
+    shutil.copytree(finished.root / "runs", tmp_path / "runs")
+    place = Place(tmp_path)
+    file = tmp_path / "state" / "runs" / "digits" / "guided" / "seed-0" / "provenance.json"
+    origin = read_json(file)
+    (origin if what in origin else origin["weights_digests"])[what] = "0" * 32
+    write_json(file, origin)
+    with pytest.raises(
+        RunError, match=f"was begun with other files.*{what.partition('_')[0]}: '0+' -> .*Put back"
+    ):
+        fscil("digits", "guided", 0, place.overrides())
+    assert read_json(file) == origin, "a second try is refused too"
+    assert place.files("guided") == finished.files("guided")
+    fscil("digits", "guided", 0, place.overrides("runtime.replace=true"))
+    assert place.files("guided") == finished.files("guided")
+    fscil("digits", "guided", 0, place.overrides())

@@ -14,10 +14,13 @@ from flows.cli import fail
 from flows.config import load_config
 from flows.formats import comma_separated, latex, markdown, sessions_csv
 from flows.gallery import shown_classes
+from flows.measures import LOOKS, SetMeasure
 from flows.own_server import prefect_url
 from flows.report_page import page
 from flows.results import collect
 from flows.session_page import escaped
+from flows.study_page import Place, SetRow, Study
+from flows.study_page import page as study_page
 from flows.tables import table
 from flows.trace_text import LINE_CHARS, node
 from tasks.confusion import draw_confusion
@@ -78,6 +81,21 @@ def test_the_report_page_shows_them_as_text(made: Path, tmp_path: Path) -> None:
     )
 
 
+def test_the_study_shows_them_as_text(made: Path) -> None:
+    runs = collect(made / "runs", made / "state")
+    at = Place(dataset=DATASET, method="guided|<b>", seed=0, session=0, epoch=0)
+    looks = SetMeasure(images=2, shares=dict.fromkeys((*LOOKS, "all", "category"), 0.5), distance=None)
+    study = Study(
+        sets=(SetRow(place=at, found=looks),), tunings=(), real=(), windows={}, skipped=(f"{DATASET} <b>",)
+    )
+    shown = study_page(study, table(runs))
+    assert "<img" not in shown
+    assert "<b>" not in shown
+    lines = [line for line in shown.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6, 11}
+    assert "](study-%3Cimg" in shown
+
+
 def test_tables_keep_their_cells(made: Path) -> None:
     runs = collect(made / "runs", made / "state")
     rows = [row.model_copy(update={"method": "=cmd|'/c calc'\n\n\\end{x}"}) for row in table(runs)]
@@ -120,6 +138,9 @@ def test_two_classes_that_mlflow_cannot_write_keep_two_names() -> None:
     assert plain("é") == plain("ü"), "why distinct is wanted"
     assert len({distinct(name) for name in ("é", "ü", "a/b", "a-b")}) == 4
     assert distinct("seven of nine") == "seven of nine"
+    long = {distinct("é" * 120), distinct("x" * 255), distinct("x" * 254)}
+    assert len(long) == 3
+    assert max(map(len, long)) < 110, "MLflow puts 80 characters around it, and a file's name ends at 255"
 
 
 def test_a_trace_prints_lines_of_bounded_length() -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import flows.replay as replay_module
 from flows.__main__ import main
 from flows.config import ConfigError, config_here, load_config
 from flows.experiment import seal_split
@@ -132,6 +133,24 @@ def test_an_epoch_is_found_by_its_mlflow_run(finished: Place) -> None:
         locate(whole, None, 0, places)
     with pytest.raises(ValueError, match="no run"):
         locate("0" * 32, 0, 0, places)
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"fscil.run": "../../elsewhere/seed-0"},
+        {"fscil.run": "/etc/x/seed-0"},
+        {"fscil.run": "digits/../seed-0"},
+        {"fscil.run": "digits/guided/seed-0", "fscil.session": "../1"},
+        {},
+    ],
+)
+def test_tags_that_lead_elsewhere_are_none_of_a_run(
+    tags: dict[str, str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(replay_module, "run_tags", lambda *_: tags)
+    with pytest.raises(ReplayError, match="is none of this project"):
+        locate("0" * 32, None, 0, [f"runtime.runs={tmp_path}"])
 
 
 # ------------------------------------------------------------------------------------------ what differs

@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 
 from flows.config import load_config
 from flows.track import track
+from tasks.store import Store
 from tasks.tracking_runs import TrackingSettings
 from tests.conftest import Place
 
@@ -67,6 +68,14 @@ def test_a_run_that_stopped_before_its_end_says_so(finished: Place, tmp_path: Pa
     assert {run.info.run_name: run.info.status for run in found} == {
         "digits/guided/seed-0": "KILLED", "session-00": "FINISHED", "session-01": "FINISHED", "session-02": "KILLED",
     }  # fmt: skip
+
+
+def test_a_run_in_the_hands_of_another_process_is_left_alone(finished: Place, tmp_path: Path) -> None:
+    shutil.copytree(finished.root / "state", tmp_path / "state")
+    with Store(tmp_path / "state").run_lock("digits/guided/seed-0"):
+        (told,) = track(finished.root / "runs", tmp_path / "state", settings_at(tmp_path))
+    assert "another process is at it" in told.sentence()
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_a_run_that_is_not_there(finished: Place, tmp_path: Path) -> None:
