@@ -97,7 +97,7 @@ def augmented_tensors(
 def drawn_tensors(context: EpochContext, folder: Path, images: Sequence[AugmentedImage]) -> Tensor:
     """Images of a set that is not sealed yet, as the classifier will see them: uint8 [n, 3, size, size]."""
     paths, digests = [folder / image.path for image in images], [image.digest for image in images]
-    return _cache(context.runtime.image_cache).load(paths, digests, context.dataset.size)
+    return image_cache(context.runtime.image_cache).load(paths, digests, context.dataset.size)
 
 
 def _images(
@@ -108,11 +108,12 @@ def _images(
         folder = _drawn(context)
         paths += [folder / image.path for image in generated]
     digests = [image.digest for image in images] + [image.digest for image in generated]
-    return _cache(context.runtime.image_cache).load(paths, digests, size)
+    return image_cache(context.runtime.image_cache).load(paths, digests, size)
 
 
 @lru_cache(maxsize=1)
-def _cache(mebibytes: int) -> ImageCache:
+def image_cache(mebibytes: int) -> ImageCache:
+    """What this process remembers of pictures."""
     return ImageCache(mebibytes * MEBIBYTE)
 
 

@@ -6,9 +6,11 @@ two epochs a session. ``finetune`` draws nothing, ``fixed_sd`` only draws, anyth
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -370,3 +372,31 @@ def _image(
         prompt=made.prompt(name, epoch), seed=slot, path=path, digest=Digest("x"),
         parent_id=f"{name}-{slot}-e{epoch - 1}" if epoch else None,
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ watching
+
+_watching: list[list[Path]] = []
+
+
+def _note(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "open" and _watching and isinstance(arguments[0], str | os.PathLike):
+        for opened in _watching:
+            opened.append(Path(arguments[0]))
+
+
+@cache
+def _listen() -> None:
+    sys.addaudithook(_note)  # there is no taking it away again
+
+
+@contextmanager
+def files_opened() -> Iterator[list[Path]]:
+    """Every file that this process opens in the block, by whatever call; the interpreter itself tells."""
+    _listen()
+    opened: list[Path] = []
+    _watching.append(opened)
+    try:
+        yield opened
+    finally:
+        _watching.pop()

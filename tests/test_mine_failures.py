@@ -18,7 +18,6 @@ from tasks.records import (
     AugmentationSet,
     AugmentedImage,
     Cluster,
-    Digest,
     FailurePair,
     ImageRef,
     LoopState,
@@ -73,9 +72,10 @@ class World:
 
     def _generated(self, n: int) -> AugmentedImage:
         save_png(crop(n + 100), self.state / "images" / f"{n}.png")
+        digest = digest_of(self.state / "images" / f"{n}.png")
         return AugmentedImage(
             id=f"generated-{n}", slot=f"slot-{n}", source_id=None, label=n % CLASSES, prompt="p", seed=n,
-            path=f"{n}.png", digest=Digest(str(n)), parent_id=None,
+            path=f"{n}.png", digest=digest, parent_id=None,
         )  # fmt: skip
 
     def ref(self, name: str, kind: str) -> ArtifactRef:

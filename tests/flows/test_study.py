@@ -17,11 +17,12 @@ from flows.study import build_study, measure
 from flows.study_page import Place, SetRow, Study, TuningRow, changes, lines, page
 from tasks.datasets.benchmark import build_benchmark
 from tasks.diffusion.tuning import TuningExample
+from tasks.loading import image_cache
 from tasks.miniature.reader import Reading
 from tasks.records import AugmentedImage, EpochRecord, Session
 from tasks.store import Store, StoreError, digest_of, read_lines
 from tests.conftest import Place as Finished
-from tests.helpers import fabricate_run
+from tests.helpers import fabricate_run, files_opened
 
 QUICK = [
     "windows.images=1",
@@ -213,23 +214,15 @@ def test_a_second_study_measures_nothing_anew_and_writes_the_same_bytes(
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_no_test_image_is_opened(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured anew, with every file that is opened as a picture noted."""
-    import tasks.images
-
-    opened: list[Path] = []
-    real = tasks.images.load_image
-
-    def noting(path: Path, size: int | None) -> torch.Tensor:
-        opened.append(path)
-        return real(path, size)
-
-    monkeypatch.setattr(tasks.images, "load_image", noting)
+def test_no_test_image_is_opened(finished: Finished, tmp_path: Path) -> None:
+    """Measured anew, by a process' memory that holds no picture, with every file that is opened noted."""
     state = tmp_path / "state"
     shutil.copytree(finished.root / "state", state, ignore=shutil.ignore_patterns("study_*", "mlflow*"))
-    measure(collect(finished.root / "runs", state), state, 3, QUICK)
-    assert any("train" in path.parts for path in opened)
-    assert not [path for path in opened if "test" in path.relative_to(path.anchor).parts[-3:-1]]
+    image_cache.cache_clear()
+    with files_opened() as opened:
+        measure(collect(finished.root / "runs", state), state, 3, QUICK)
+    parts = {path.parent.parent.name for path in opened if path.suffix == ".png" and "digits" in path.parts}
+    assert parts == {"train"}
 
 
 def test_other_splits_with_the_same_session_are_not_taken_for_the_runs(
