@@ -101,7 +101,7 @@ def test_an_original_that_was_exchanged_is_refused_even_if_its_size_and_time_are
     assert one.stat().st_size == times.st_size
     zero.write_bytes(one.read_bytes())
     os.utime(zero, ns=(times.st_atime_ns, times.st_mtime_ns))
-    loading._cache.cache_clear()  # what another test has read under this digest is not read again
+    loading.image_cache.cache_clear()  # what another test has read under this digest is not read again
     with pytest.raises(UnreadableImageError, match=f"{zero.name} is not the one that was recorded"):
         fscil("digits", "finetune", 0, settings)
 
