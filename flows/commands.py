@@ -116,8 +116,9 @@ def gc(arguments: Sequence[str]) -> int:
 
 
 def track(arguments: Sequence[str]) -> int:
-    """``fscil track``: write MLflow again from the records."""
+    """``fscil track``: write MLflow again from the records; exit code 1 where a run was another process'."""
     from flows.config import load_config
+    from flows.track import BUSY
     from flows.track import track as write
 
     parser = argparse.ArgumentParser("fscil track", description="Write MLflow again from the records.")
@@ -130,8 +131,10 @@ def track(arguments: Sequence[str]) -> int:
     try:
         settings = load_config([key for key in chosen.keys if "=" in key]).tracking
         keys = [key for key in chosen.keys if "=" not in key]
+        busy = False
         for told in write(chosen.runs, chosen.state, settings, keys):
             print(told.sentence(), flush=True)
+            busy |= told.status == BUSY
     except known_errors() as error:
         return fail(error, EXIT_FAILED)
-    return 0
+    return EXIT_FAILED if busy else 0

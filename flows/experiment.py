@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.config import ExperimentConfig, differences, identity_of, load_config
-from flows.lineage import LineageError, RunFolder
 from flows.progress import note, say, session_line, show_experiment, tag_run
 from flows.ray_shards import check_ray, shards_on
 from flows.session import run_session
@@ -33,7 +32,6 @@ from tasks.records import (
     ExperimentRecord,
     Frozen,
     LoopState,
-    Provenance,
     SessionRecord,
     StageRecord,
     Usage,
@@ -123,8 +121,9 @@ def preflight(config: ExperimentConfig) -> Benchmark:
         ValueError: data or weights that are missing or do not fit.
         VlmError: the VLM does not answer.
     """
-    with _held(Store(config.runtime.state), config.run_key):
-        _make_way(config.runtime.runs / config.run_key, config)
+    store, folder = Store(config.runtime.state), config.runtime.runs / config.run_key
+    with _held(store, config.run_key):
+        _make_way(folder, config)
     for path in _local_weights(config):
         refuse_damaged(path)
     check_ray(config.runtime)
@@ -141,6 +140,8 @@ def preflight(config: ExperimentConfig) -> Benchmark:
     if config.asks_vlm and config.vlm.kind != "miniature":
         with check_vlm(config.vlm, serve_miniature):
             pass
+    with _held(store, config.run_key):
+        _refuse_other_inputs(folder, _inputs(config, benchmark), config.runtime.replace)
     return benchmark
 
 
@@ -152,10 +153,9 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
         clear_leftovers(folder.rglob(".*.tmp"))
         clear_leftovers(folder.parent.glob(f".{folder.name}.*.tmp"))  # of the pointer beside it
         clear_leftovers(
-            path
-            for name in ("vlm", "images_api", "runs", "tmp")
-            for path in (store.root / name).rglob(".*.tmp")
+            path for name in ("vlm", "images_api", "runs") for path in (store.root / name).rglob(".*.tmp")
         )
+        store.clear_scratch()
         split = seal_split(store, config, benchmark)
         with ExitStack() as stack:
             stack.enter_context(gpu_held(config.runtime, say))
@@ -168,9 +168,10 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
                 device=config.runtime.torch_device.type,
                 threads=config.runtime.threads or torch.get_num_threads(),
             )
-            _refuse_other_inputs(folder, store, origin, config.runtime.replace)
+            write_json(folder / "inputs.json", _inputs(config, benchmark))
             write_json(folder / "config.json", config.identity)
             write_json(store.root / "runs" / config.run_key / "provenance.json", origin)
+            stack.enter_context(_tracked_alone(store, config))
             tracker = stack.enter_context(Tracker.of(config.tracking, store, config.run_key))
             tracker.start(config.identity, origin)
             tracker.watch_machine()
@@ -303,6 +304,21 @@ def _held(store: Store, key: str) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def _tracked_alone(store: Store, config: ExperimentConfig) -> Iterator[None]:
+    """Wait for a `fscil track` of this run: two that look for a run of MLflow at once would make two."""
+    lock = store.track_lock(config.run_key)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waits until another process has tracked {config.run_key}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _make_way(folder: Path, config: ExperimentConfig) -> None:
     """See that the run's folder is empty or its own; one of other settings goes only where that was asked for."""
     path = folder / "config.json"
@@ -318,21 +334,22 @@ def _make_way(folder: Path, config: ExperimentConfig) -> None:
         remove(folder)
 
 
-def _refuse_other_inputs(folder: Path, store: Store, origin: Provenance, replace: bool) -> None:
-    """See that data and weights are those that the run began with: a flipped byte in one would go unseen."""
-    begun = None
-    if (folder / "config.json").is_file():
-        with suppress(LineageError, StoreError, ValueError):  # damaged: it is written again
-            begun = RunFolder(folder).provenance(store.root)
-    if begun is None:
-        return
-    before = {"data": begun.data_digest, **begun.weights_digests}
-    now = {"data": origin.data_digest, **origin.weights_digests}
+def _inputs(config: ExperimentConfig, benchmark: Benchmark) -> dict[str, str]:
+    """Digests of the data and of the weights that the run computes with."""
+    return {"data": str(benchmark.digest), **_weights(config)}
+
+
+def _refuse_other_inputs(folder: Path, now: Mapping[str, str], replace: bool) -> None:
+    """See that data and weights are those that the folder was begun with: a flipped byte in one would go unseen."""
+    before: Mapping[str, object] = {}
+    with suppress(StoreError):  # none yet; or damaged, then it is written again
+        before = read_json(folder / "inputs.json")
     known = before.keys() & now.keys()
-    if changed := differences({name: before[name] for name in known}, {name: now[name] for name in known}):
-        if not replace:
-            raise RunError(
-                f"{folder} was begun with other files: digests of {'; '.join(changed)}. Put back what was damaged or "
-                "changed by mistake, or give runtime.replace=true to begin anew with what is there now"
-            )
+    changed = differences({name: before[name] for name in known}, {name: now[name] for name in known})
+    if changed and not replace:
+        raise RunError(
+            f"{folder} was begun with other files: digests of {'; '.join(changed)}. Put back what was damaged or "
+            "changed by mistake, or give runtime.replace=true to begin anew with what is there now"
+        )
+    if changed:
         remove(folder)

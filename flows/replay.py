@@ -23,6 +23,7 @@ from flows.lineage import STAGES, LineageError, RunFolder
 from flows.rerun import TEST, Recorded, ReplayError, Rerun, read_recorded
 from flows.restore import bring_back
 from tasks.diffusion.generator import GeneratorSettings
+from tasks.images import UnreadableImageError
 from tasks.provenance import versions
 from tasks.records import ArtifactRef, Frozen, Provenance, StageRecord
 from tasks.store import Store, StoreError, artifacts_of
@@ -291,11 +292,12 @@ def _replayed(rerun: Rerun, recorded: Recorded, config: ExperimentConfig, name: 
     old = recorded.stages[name]
     if name == "regenerate" and (why := _not_drawn_again(recorded, config)) is not None:
         return StageReport(stage=old.stage, outcome="left out", note=why)
+    causes: Sequence[str] = ()
     try:
         causes = rerun.changed_inputs(name)
         new, store = rerun.stage(name)
-    except (LineageError, StoreError, VlmError) as error:
-        return StageReport(stage=old.stage, outcome="failed", note=str(error))
+    except (LineageError, StoreError, UnreadableImageError, VlmError) as error:
+        return StageReport(stage=old.stage, outcome="failed", note=str(error), causes=tuple(causes))
     return _compared(recorded.folder, old, new, store, causes)
 
 

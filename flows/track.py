@@ -15,6 +15,8 @@ from tasks.store import Store, read_json
 from tasks.tracking import Tracker
 from tasks.tracking_runs import TrackingSettings
 
+BUSY = "nothing was written, as another process is at it: track it again when that has ended"
+
 
 class Tracked(Frozen):
     """What was logged of one run: how many sessions and epochs, and how the run stands."""
@@ -60,13 +62,12 @@ def _folders(runs: Path) -> Iterator[RunFolder]:
 
 
 def _track(run: RunFolder, key: str, store: Store, settings: TrackingSettings) -> Tracked:
-    """Log one run, unless another process has it: two that look for a run of MLflow at once would make two."""
+    """Log one run, unless another process does: two that look for a run of MLflow at once would make two."""
     try:
-        with store.run_lock(key):
+        with store.track_lock(key).acquire(timeout=0):
             return _track_alone(run, key, store, settings)
     except Timeout:
-        busy = "nothing was written, as another process is at it: track it again when that has ended"
-        return Tracked(run=key, sessions=0, epochs=0, status=busy)
+        return Tracked(run=key, sessions=0, epochs=0, status=BUSY)
 
 
 def _track_alone(run: RunFolder, key: str, store: Store, settings: TrackingSettings) -> Tracked:

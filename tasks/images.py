@@ -7,6 +7,7 @@ a batch is [n, 3, h, w]. Models normalise for themselves.
 import base64
 import hashlib
 import io
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ STORED_BYTES = 65_535
 
 READ_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")
 """What is decoded. Pillow knows many more; one of them hands the file to a program (PostScript), few see a fuzzer."""
+
+_DEEP = re.compile(r"(?<!BGR);16[BLN]?$")
+"""Raw modes of 16 bits a channel; ``BGR;16`` has 16 bits a pixel."""
 
 DARKEST_16_BIT = 16_383
 """The highest value of a picture of 16 bits that is taken for one of fewer, kept in 16: it would be nearly black."""
@@ -122,7 +126,7 @@ def _open_rgb(path: Path, data: io.BytesIO | None = None) -> Image.Image:
         with Image.open(data or path, formats=READ_FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise _too_large(path)
-            deep = any("16" in str(part) for tile in getattr(picture, "tile", ()) for part in tile[3:])
+            deep = any(_DEEP.search(_raw_mode(tile[3])) for tile in getattr(picture, "tile", ()))
             turned = ImageOps.exif_transpose(picture)
             if deep and turned.mode in ("LA", "RGB", "RGBA"):  # Pillow keeps the upper 8 of each 16 bits
                 _refuse_too_dark(path, turned)
@@ -141,6 +145,11 @@ def _open_rgb(path: Path, data: io.BytesIO | None = None) -> Image.Image:
         zlib.error,
     ) as error:
         raise _unreadable(path, error) from error
+
+
+def _raw_mode(arguments: object) -> str:
+    """How a tile's pixels are stored, as Pillow's decoders are told: by itself, or before strides and offsets."""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
 def _unreadable(path: Path, error: Exception) -> UnreadableImageError:

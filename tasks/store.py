@@ -5,7 +5,7 @@ State lives below one root (``.fscil``), ignored by git and DVC:
     stages/<stage>/<fingerprint>/           a sealed stage: its files, timing.json, record.json
     stages/<stage>/<fingerprint>.partial/   work in progress; kept after a kill so that shards survive
     locks/  vlm/  runs/                     file locks, VLM answers, provenance
-    tmp/                                    folders of processes that live; those of dead ones are removed
+    tmp/                                    folders that blocks of running processes work in, each beside its lock
 
 A stage computes in its ``.partial`` folder; its record is written last, everything is synced and the
 folder renamed, so presence means complete. A ``.partial`` with a record lacks only its name and is given it.
@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from tasks.disk import writing
@@ -411,19 +411,39 @@ class Store:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """An empty folder for as long as the block lasts; one that a kill leaves is removed by the next that asks."""
-        place = self.root / "tmp"
-        clear_leftovers(place.glob(".*.tmp"))
-        folder = place / f".{uuid.uuid4().hex}.{os.getpid()}.tmp"
-        folder.mkdir(parents=True)
+        """An empty folder for as long as the block lasts; one that a kill leaves is removed by the next that asks.
+
+        Whose block still runs is told by locks, not by process ids, which containers that share a store do not share.
+        """
+        folder = self.root / "tmp" / f"{uuid.uuid4().hex}.tmp"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder.with_suffix(".lock"))
+        self.clear_scratch()
+        with self.lock("tmp"):  # nobody clears between these two
+            held.acquire()
+            folder.mkdir()
         try:
             yield folder
         finally:
             remove(folder)
+            Path(held.lock_file).unlink(missing_ok=True)
+            held.release()
+
+    def clear_scratch(self) -> None:
+        """Remove the folders of :meth:`scratch` that no running block works in."""
+        with self.lock("tmp"):
+            for path in (self.root / "tmp").glob("*.lock"):
+                with suppress(Timeout, OSError), FileLock(path, timeout=0):  # what cannot go does no harm
+                    remove(path.with_suffix(".tmp"))
+                    path.unlink(missing_ok=True)
 
     def run_lock(self, key: str) -> FileLock:
         """The lock of one run key; the kernel frees it when its holder dies."""
         return FileLock(self._lock_path(f"run-{key}"), timeout=0)
+
+    def track_lock(self, key: str) -> FileLock:
+        """The lock of one run key's runs in MLflow, held by the run itself and by who writes them again."""
+        return self.lock(f"track-{key}")
 
 
 def _finish(work: Path, scrap: str | None) -> None:

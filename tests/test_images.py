@@ -14,6 +14,7 @@ from tasks.images import (
     grid,
     load_image,
     load_images,
+    load_pixels,
     png_bytes,
     refuse_unreadable,
     save_png,
@@ -280,6 +281,28 @@ def test_fewer_bits_kept_in_sixteen_would_be_nearly_black_and_are_refused(tmp_pa
     for path in (grey, rgb, alpha):
         with pytest.raises(UnreadableImageError, match=rf"{path.name}: its values go from 0 to .*14 bits"):
             load_image(path, 8)
+
+
+@pytest.mark.parametrize(
+    ("width", "name"), [(71, "a.bmp"), (372, "b.bmp"), (64, "lzw.tif"), (71, "deflate.tif")]
+)
+def test_a_dark_picture_of_eight_bits_is_read_whatever_its_width(tmp_path, width, name):
+    """Its rows then have 216 or 1116 bytes, or its data begin at 7416: a 16 that says nothing of bits."""
+    values = np.random.default_rng(0).integers(0, 50, (40, width, 3), dtype=np.uint8)
+    kinds = {"lzw.tif": "tiff_lzw", "deflate.tif": "tiff_adobe_deflate"}
+    path = save(
+        Image.fromarray(values), tmp_path / name, **({"compression": kinds[name]} if name in kinds else {})
+    )
+    assert torch.equal(load_pixels(path, None), torch.from_numpy(values).permute(2, 0, 1))
+
+
+def test_sixteen_bits_a_pixel_are_not_sixteen_a_channel(tmp_path):
+    """A BMP of 5, 6 and 5 bits, dark."""
+    header = struct.pack("<2sIHHI", b"BM", 66 + 8, 0, 0, 66)
+    info = struct.pack("<IiiHHIIiiIIIII", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0, 0xF800, 0x07E0, 0x001F)
+    path = tmp_path / "a.bmp"
+    path.write_bytes(header + info[:52] + struct.pack("<4H", *[3 << 11 | 6 << 5 | 3] * 4))
+    assert torch.allclose(pixel(path), torch.full((3,), 24 / 255))
 
 
 def deep_png(values, kind):

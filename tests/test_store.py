@@ -306,13 +306,23 @@ def test_an_error_says_in_which_stage_it_arose(tmp_path: Path) -> None:
 
 
 def test_a_scratch_folder_goes_with_its_block_and_those_of_the_dead_with_the_next(tmp_path: Path) -> None:
+    held = (
+        "import sys, time; from pathlib import Path; from tasks.store import Store\n"
+        "with Store(Path(sys.argv[1])).scratch() as work:\n"
+        "    (work / 'a').touch(); print(work, flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", held, str(tmp_path)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    theirs = Path(other.stdout.readline().strip())
     store = Store(tmp_path)
-    dead, alive = tmp_path / "tmp" / ".x.4194304.tmp", tmp_path / "tmp" / f".y.{os.getpid()}.tmp"
-    for folder in (dead, alive):
-        folder.mkdir(parents=True)
-        (folder / "file").touch()
-    with suppress(KeyboardInterrupt), store.scratch() as work:
-        (work / "a").touch()
-        assert not dead.exists()
+    with suppress(KeyboardInterrupt), store.scratch():
         raise KeyboardInterrupt
-    assert list((tmp_path / "tmp").iterdir()) == [alive]
+    with store.scratch() as ours:
+        assert {path.suffix for path in ours.parent.iterdir()} == {".tmp", ".lock"}
+        assert (theirs / "a").exists()
+        other.kill()
+        other.wait()
+        store.clear_scratch()
+        assert set(ours.parent.iterdir()) == {ours, ours.with_suffix(".lock")}
+    assert list((tmp_path / "tmp").iterdir()) == []

@@ -24,6 +24,10 @@ SAVE_EVERY = 5_000
 """Pictures looked at between two writes of the cache."""
 
 
+RULES = 2
+"""Raised when a picture may be refused that was not before: what was looked at by other rules is looked at again."""
+
+
 class Picture(NamedTuple):
     """A picture before it was looked at: its id, unique in the data set, and its path relative to the root."""
 
@@ -127,7 +131,7 @@ def look_at(root: Path, draws: Sequence[Draw], cache: Path | None) -> list[Roles
 
 
 def _digests(root: Path, paths: Sequence[str], cache: Path | None) -> dict[str, Digest]:
-    memory = cache / f"{_place(root)}.json" if cache else None
+    memory = cache / f"{_place(root)}-{RULES}.json" if cache else None
     known = _remembered(memory)
     stamps = {path: _stamp(root / path) for path in paths}
     fresh = [path for path in paths if path not in known or known[path][:2] != stamps[path]]

@@ -188,6 +188,10 @@ def test_pictures_are_looked_at_once_and_again_when_they_change(split_root, tmp_
     )
     assert build_benchmark(settings(split_root), tmp_path / "cache") == first
     assert looked == []
+    monkeypatch.setattr(pictures, "RULES", pictures.RULES + 1)
+    assert build_benchmark(settings(split_root), tmp_path / "cache") == first
+    assert set(looked) == {path.name for path in split_root.rglob("*.png")}, "all of them, by the new rules"
+    looked.clear()
     victim = split_root / first.sessions[1].train[0].path
     save_png(torch.zeros(3, 8, 8), victim)
     changed = build_benchmark(settings(split_root), tmp_path / "cache").sessions[1].train[0]

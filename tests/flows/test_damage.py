@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.config import load_config
-from flows.experiment import RunError, fscil
+from flows.experiment import RunError, fscil, preflight
 from tasks import loading
 from tasks.datasets.benchmark import build_benchmark
 from tasks.images import UnreadableImageError
@@ -106,23 +106,22 @@ def test_an_original_that_was_exchanged_is_refused_even_if_its_size_and_time_are
         fscil("digits", "finetune", 0, settings)
 
 
-@pytest.mark.parametrize("what", ["data_digest", "generator"])
+@pytest.mark.parametrize("what", ["data", "generator"])
 def test_other_data_or_weights_than_those_a_run_began_with_are_refused_until_it_is_begun_anew(
     finished: Place, tmp_path: Path, what: str
 ) -> None:
     shutil.copytree(finished.root / "state", tmp_path / "state")
     shutil.copytree(finished.root / "runs", tmp_path / "runs")
     place = Place(tmp_path)
-    file = tmp_path / "state" / "runs" / "digits" / "guided" / "seed-0" / "provenance.json"
-    origin = read_json(file)
-    (origin if what in origin else origin["weights_digests"])[what] = "0" * 32
-    write_json(file, origin)
-    with pytest.raises(
-        RunError, match=f"was begun with other files.*{what.partition('_')[0]}: '0+' -> .*Put back"
-    ):
-        fscil("digits", "guided", 0, place.overrides())
-    assert read_json(file) == origin, "a second try is refused too"
-    assert place.files("guided") == finished.files("guided")
+    file = place.run("guided") / "inputs.json"
+    begun = read_json(file) | {what: "0" * 32}
+    write_json(file, begun)
+    other = place.overrides(f"runtime.runs={tmp_path / 'others'}")
+    fscil("digits", "guided", 0, other)  # another folder of the same state has its own files
+    with pytest.raises(RunError, match=f"was begun with other files.*{what}: '0+' -> .*Put back"):
+        preflight(load_config(["method=guided", *place.overrides()]))
+    assert read_json(file) == begun, "a second try is refused too"
+    fscil("digits", "guided", 0, other)
     fscil("digits", "guided", 0, place.overrides("runtime.replace=true"))
     assert place.files("guided") == finished.files("guided")
     fscil("digits", "guided", 0, place.overrides())

@@ -2,12 +2,16 @@
 
 import shutil
 import sqlite3
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from flows.__main__ import main
 from flows.config import load_config
+from flows.experiment import fscil
 from flows.track import track
 from tasks.store import Store
 from tasks.tracking_runs import TrackingSettings
@@ -70,12 +74,38 @@ def test_a_run_that_stopped_before_its_end_says_so(finished: Place, tmp_path: Pa
     }  # fmt: skip
 
 
-def test_a_run_in_the_hands_of_another_process_is_left_alone(finished: Place, tmp_path: Path) -> None:
+def test_a_run_in_the_hands_of_another_process_is_left_alone(
+    finished: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(finished.root / "state", tmp_path / "state")
-    with Store(tmp_path / "state").run_lock("digits/guided/seed-0"):
-        (told,) = track(finished.root / "runs", tmp_path / "state", settings_at(tmp_path))
-    assert "another process is at it" in told.sentence()
+    places = ["--runs", str(finished.root / "runs"), "--state", str(tmp_path / "state")]
+    here = [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"tracking.artifacts={tmp_path / 'mlartifacts'}"]
+    with Store(tmp_path / "state").track_lock("digits/guided/seed-0"):
+        assert main(["track", *places, *here]) == 1
+    assert "another process is at it" in capsys.readouterr().out
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_run_waits_until_it_has_been_tracked(
+    finished: Place, tmp_path: Path, prefect_server: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seconds later, rather than being refused; what it has to write to MLflow is written once."""
+    shutil.copytree(finished.root / "state", tmp_path / "state")
+    shutil.copytree(finished.root / "runs", tmp_path / "runs")
+    held, ended = threading.Event(), threading.Event()
+
+    def tracks() -> None:
+        with Store(tmp_path / "state").track_lock("digits/guided/seed-0"):
+            held.set()
+            time.sleep(2)
+            ended.set()
+
+    threading.Thread(target=tracks).start()
+    held.wait()
+    fscil("digits", "guided", 0, Place(tmp_path).overrides())
+    assert ended.is_set()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "waits until another process has tracked digits/guided/seed-0" in said
 
 
 def test_a_run_that_is_not_there(finished: Place, tmp_path: Path) -> None:
