@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.config import ExperimentConfig, differences, identity_of, load_config
-from flows.progress import note, say, session_line, show_experiment, tag_run
+from flows.progress import note, say, session_line, show_experiment, show_tracked, tag_run
 from flows.ray_shards import check_ray, shards_on
 from flows.session import run_session
 from flows.stage_progress import stage_progress
@@ -175,6 +175,7 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
             tracker = stack.enter_context(Tracker.of(config.tracking, store, config.run_key))
             tracker.start(config.identity, origin)
             tracker.watch_machine()
+            show_tracked(config.run_key, tracker.page())
             stack.enter_context(shards_on(config.runtime))
             versions = RunVersions(folder, origin.model_dump(mode="json"))
             sessions = _run_sessions(config, split.output, folder, vlm_url, tracker, versions)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefect import get_client
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 from prefect.logging.handlers import APILogHandler
 from rich.console import Console
@@ -84,18 +84,32 @@ def session_line(record: SessionRecord) -> str:
 
 
 def show_session(
-    config: ExperimentConfig, record: SessionRecord, epochs: Sequence[EpochRecord], folder: Path
+    config: ExperimentConfig,
+    record: SessionRecord,
+    epochs: Sequence[EpochRecord],
+    folder: Path,
+    tracked: str | None,
 ) -> None:
-    """The session's page, as an artifact of its flow run."""
+    """The session's page, as an artifact of its flow run; ``tracked`` is its address in MLflow's UI."""
     if FlowRunContext.get() is None:
         return
     title = f"{config.dataset.name} · {config.method} · seed {config.seed} · session {record.session}"
     place = f"{config.runtime.runs.name}/{config.run_key}/{folder.name}"
     spent = budget(record.images_drawn, record.usage, record.unparsed, record.drawing)
-    places = [f"Results: `{place}`", mlflow_place(config.tracking, config.run_key), f"Spent: {spent}"]
+    mlflow = mlflow_place(config.tracking, config.run_key, tracked)
+    places = [f"Results: `{place}`", mlflow, f"Spent: {spent}"]
     page = session_page(title, record, epochs, folder, places)
     with extra("page of the session"):
         create_markdown_artifact(page, artifact_key(title), f"{title}: epochs, pictures, test accuracy")
+
+
+def show_tracked(run: str, page: str | None) -> None:
+    """A link to the run in MLflow's UI, if it is there, on the flow run's page from its start."""
+    if page is None or FlowRunContext.get() is None:
+        return
+    with extra("link to MLflow"):
+        said = f"{run} in MLflow: metrics, images, prompts and adapters by epoch"
+        create_link_artifact(page, f"{run} in MLflow", artifact_key(run, "mlflow"), said)
 
 
 def show_experiment(record: ExperimentRecord) -> None:

@@ -199,7 +199,10 @@ def _dvc_gc(runs: Path, *, dry: bool) -> str:
     versions = Versions.around(runs)
     if versions is None:
         return "no DVC repository around, so no cache"
-    scope = ["--workspace", *(["--all-commits"] if (versions.repository / ".git").exists() else [])]
+    scope = [
+        "--workspace",
+        *(["--all-commits", "--all-experiments"] if (versions.repository / ".git").exists() else []),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "gc", *scope, "--force", *(["--dry"] if dry else [])],
         cwd=versions.repository, capture_output=True, text=True, check=False,
@@ -210,4 +213,4 @@ def _dvc_gc(runs: Path, *, dry: bool) -> str:
         line.removeprefix("Removing ") for line in done.stdout.splitlines() if line.startswith("Removing ")
     ]
     held = sum(Path(name).stat().st_size for name in going if Path(name).is_file())
-    return f"{len(going)} objects of DVC's cache that no pointer or commit names, {held / 2**20:,.1f} MiB"
+    return f"{len(going)} objects of DVC's cache that no pointer, commit or experiment names, {held / 2**20:,.1f} MiB"

@@ -110,8 +110,9 @@ def up(
     """
     server, mlflow, worker = services(prefect_port, mlflow_port, runs_at_once, host)
     _check_ports(server, mlflow, worker)
-    environment = environment_of(prefect_port, host)
-    api, ui = environment["PREFECT_API_URL"], f"http://{_here(host)}:{mlflow_port}"
+    ui = f"http://{_here(host)}:{mlflow_port}"
+    environment = environment_of(prefect_port, host) | {"FSCIL_MLFLOW_UI": ui}
+    api = environment["PREFECT_API_URL"]
     for service in (server, mlflow):
         _start(service, environment)
     _wait(server, lambda: _get(f"{api}/health") == "true")

@@ -85,7 +85,7 @@ def run_session(
     versions.keep()
     tracker.session(session, folder, context.class_names)
     say(session_line(session))
-    show_session(config, session, learned.epochs, folder)
+    show_session(config, session, learned.epochs, folder, tracker.page(index))
     return session
 
 

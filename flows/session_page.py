@@ -58,13 +58,14 @@ def session_page(
     return "\n\n".join(blocks)
 
 
-def mlflow_place(tracking: TrackingSettings, run: str) -> str:
-    """Where a run is in MLflow, as a line of Markdown."""
+def mlflow_place(tracking: TrackingSettings, run: str, page: str | None) -> str:
+    """Where a session is in MLflow, as a line of Markdown; ``page`` is its address there, where it is there."""
     if not tracking.enabled:
         return "MLflow: off for this run (`tracking=off`)"
-    if tracking.uri.startswith(("http://", "https://")):
-        return f"MLflow: <{tracking.uri}>, run `{run}`"
-    return f"MLflow: `make ui`, then <http://127.0.0.1:5000>, run `{run}`"
+    if page is None:
+        return f"MLflow: nothing was written; `fscil track {run}` does"
+    opened = "" if tracking.address == tracking.uri.rstrip("/") else " (where `make ui` or `make up` runs)"
+    return f"MLflow: [{run}]({page}){opened}"
 
 
 def escaped(text: str) -> str:

@@ -173,6 +173,16 @@ class Tracker:
         self._runs.log(self.run_id, tags=provenance_tags(origin) if origin else {})
         self._runs.reopen(run)
 
+    def page(self, session: int | None = None) -> str | None:
+        """The address of the run's page in MLflow's UI, or of a session's; None where nothing of it is there."""
+        if not self.usable or self.run_id is None:
+            return None
+        try:
+            run_id = self.run_id if session is None else self._child(session).info.run_id
+            return f"{self.settings.address}/#/experiments/{self._runs.experiment_id}/runs/{run_id}"
+        except Exception:  # as in _guarded, where it is told; a page is not worth a word more
+            return None
+
     @_guarded
     def watch_machine(self) -> None:
         """Log processor, memory, disk, network and GPU as ``system/*`` on the parent, until the block is left."""

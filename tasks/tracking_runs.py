@@ -35,7 +35,7 @@ class TrackingSettings(Frozen):
     """Where MLflow is and how much is shown there. None of it enters a fingerprint.
 
     Raises:
-        ValueError: ``uri`` or ``artifacts`` holds a password or a key.
+        ValueError: ``uri``, ``ui`` or ``artifacts`` holds a password or a key.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -43,6 +43,7 @@ class TrackingSettings(Frozen):
     enabled: bool
     strict: bool
     uri: str
+    ui: str
     experiment: str
     artifacts: str
     grid_images: int = Field(gt=0)
@@ -50,7 +51,7 @@ class TrackingSettings(Frozen):
     traced_calls: int = Field(ge=0)
     machine_every_s: float = Field(ge=0)
 
-    @field_validator("uri", "artifacts")
+    @field_validator("uri", "ui", "artifacts")
     @classmethod
     def _no_password(cls, uri: str) -> str:
         if credentials_in(uri):
@@ -59,6 +60,11 @@ class TrackingSettings(Frozen):
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )
         return uri
+
+    @property
+    def address(self) -> str:
+        """Where a browser finds MLflow: at the server that is written to, or at the one that `make ui` starts."""
+        return (self.uri if urlsplit(self.uri).scheme in ("http", "https") else self.ui).rstrip("/")
 
 
 class Runs:

@@ -26,6 +26,7 @@ NAMES = (
     "chrome",
     "chrome-headless-shell",
 )
+TEXT = "document.body.innerText"
 START_S = ANSWER_S = 60.0
 SWITCHES = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions", "--disable-sync",
@@ -80,10 +81,10 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
 
-    def open(self, path: Path) -> None:
-        """Open a file and wait until it is loaded; forgets earlier events."""
+    def open(self, page: Path | str) -> None:
+        """Open a file or an address and wait until it is loaded; forgets earlier events."""
         self.events.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while not any(method == "Page.loadEventFired" for method, _ in self.events):
             self._receive()
 
@@ -92,6 +93,16 @@ class Browser:
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def wait_for(self, expression: str) -> Any:
+        """What a JavaScript expression is on the page once it is true: pages that ask a server fill up later."""
+        end = time.monotonic() + ANSWER_S
+        while not (found := self.value(expression)):
+            assert time.monotonic() < end, (
+                f"{expression} is not so; the page says: {self.value(TEXT)[-2000:]}"
+            )
+            time.sleep(0.2)
+        return found
 
     def press(self, key: str, code: int, *, text: str = "") -> None:
         """Press and release a key where the focus is."""

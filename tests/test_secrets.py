@@ -132,7 +132,7 @@ def test_credentials_of_addresses(address: str, found: bool) -> None:
 
 def test_tracking_settings_by_themselves_take_no_password_either() -> None:
     known = load_config([]).tracking.model_dump()
-    for name in ("uri", "artifacts"):
+    for name in ("uri", "ui", "artifacts"):
         with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD") as told:
             TrackingSettings(**{**known, name: "https://me:short@host"})
         assert "short" not in str(told.value)

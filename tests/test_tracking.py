@@ -33,6 +33,7 @@ def settings_at(root: Path, **changes: object) -> TrackingSettings:
         "enabled": True,
         "strict": True,
         "uri": f"sqlite:///{root / 'mlflow.db'}",
+        "ui": "http://127.0.0.1:5000",
         "experiment": "fscil",
         "artifacts": str(root / "artifacts"),
         "grid_images": 4,

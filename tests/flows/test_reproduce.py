@@ -265,6 +265,35 @@ def test_a_change_that_is_taken_back_leaves_the_runs_that_the_tables_show(reprod
     assert (reproduced / "reports" / "table.csv").read_bytes() == table
 
 
+@pytest.mark.slow
+def test_the_figures_of_a_variation_stand_beside_those_of_the_commit(reproduced: Path) -> None:
+    before = yaml.safe_load((reproduced / "params.yaml").read_text())
+    run(reproduced, "git", "commit", "--quiet", "--allow-empty", "--no-verify", "-am", "tables")
+    varied = json.dumps([*before["overrides"], "learner.temperature=8"])
+    try:
+        run(
+            reproduced,
+            "dvc",
+            "exp",
+            "run",
+            "--name",
+            "warmer",
+            "-S",
+            "methods=[finetune]",
+            "-S",
+            f"overrides={varied}",
+        )
+        said = run(reproduced, "dvc", "metrics", "diff", "--json", "HEAD", "warmer")
+        (table,) = json.loads(said.splitlines()[0]).values()
+        assert table["digits.finetune.A_base"]["old"] != table["digits.finetune.A_base"]["new"]
+        assert "learner.temperature=8" in run(reproduced, "dvc", "params", "diff", "HEAD", "warmer")
+        assert "error" not in run(reproduced, "dvc", "exp", "show", "--json")
+        assert "index.html" in run(reproduced, "dvc", "plots", "diff", "HEAD", "warmer")
+    finally:
+        set_params(reproduced, **before)
+    assert "experiment@digits-finetune-0" in ran(run(reproduced, "dvc", "repro"))
+
+
 def test_no_table_is_made_of_runs_that_are_others(reproduced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile, reports = read_profile(reproduced / "params.yaml"), reproduced / "reports"
     refuse_other_runs(profile, reproduced / "runs", reports)

@@ -76,17 +76,25 @@ def test_a_sheet_that_cannot_be_small_is_left_out(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"uri": "https://mlflow.example.org/"}, "<https://mlflow.example.org/>, run `d/m/seed-0`"),
-        ({"uri": "sqlite:///mlflow.db"}, "`make ui`, then <http://127.0.0.1:5000>"),
-        ({"enabled": False}, "tracking=off"),
+        ({"uri": "https://mlflow.example.org/"}, "MLflow: [d/m/seed-0](page)"),
+        ({"uri": "sqlite:///mlflow.db"}, "MLflow: [d/m/seed-0](page) (where `make ui` or `make up` runs)"),
+        ({"enabled": False}, "MLflow: off for this run (`tracking=off`)"),
     ],
 )
 def test_mlflow_is_a_link_or_a_command(given: dict[str, object], said: str) -> None:
-    settings = {"enabled": True, "strict": False, "uri": "", "experiment": "fscil", "artifacts": "a"}
+    settings = {
+        "enabled": True,
+        "strict": False,
+        "uri": "",
+        "ui": "http://h:5",
+        "experiment": "fscil",
+        "artifacts": "a",
+    }
     tracking = TrackingSettings.model_validate(
         settings | {"grid_images": 1, "grid_side": 8, "traced_calls": 0, "machine_every_s": 0} | given
     )
-    assert said in mlflow_place(tracking, "d/m/seed-0")
+    assert mlflow_place(tracking, "d/m/seed-0", "page") == said
+    assert ("fscil track d/m/seed-0" in mlflow_place(tracking, "d/m/seed-0", None)) == tracking.enabled
 
 
 def test_keys_are_those_that_prefect_takes() -> None:
