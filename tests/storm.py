@@ -10,6 +10,7 @@ was lost, computed twice or left behind.
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -32,6 +33,7 @@ from rich.table import Table
 
 from tasks.records import AugmentedImage
 from tasks.store import digest_of, read_lines
+from tasks.versions import Versions, pointer_of, read_pointer
 from tests.conftest import ROOT, Place
 
 MOMENTS = {
@@ -234,9 +236,7 @@ def differences(place: Place, reference: Place, kept: dict[Path, int]) -> list[s
         "VLM answers are others": lambda: answers(place) != answers(reference),
         "MLflow has other points": lambda: points(place) != points(reference),
         "MLflow has a point twice": lambda: any(n > 1 for n in Counter(point_keys(place)).values()),
-        "DVC's pointer is not the results' digest": lambda: (
-            digest_of(place.run("guided")) not in pointer(place)
-        ),
+        "DVC does not keep the results whole": lambda: bool(not_kept(place.run("guided"))),
         "something temporary was left": lambda: bool(leftovers(place)),
         "a process was left": lambda: bool(processes(place)),
     }
@@ -273,9 +273,26 @@ def point_keys(place: Place) -> list[tuple[str, str, int]]:
     return [row[:3] for row in rows(place)]
 
 
-def pointer(place: Place) -> str:
-    """What DVC says of the results."""
-    return (place.root / "runs" / "digits" / "guided" / "seed-0.dvc").read_text()
+def not_kept(folder: Path) -> list[str]:
+    """What DVC's cache lacks of a folder as its pointer names it, or holds otherwise; empty where it is whole."""
+    versions = Versions.around(folder)
+    if versions is None or not pointer_of(folder).is_file():
+        return [f"{folder} has no pointer"]
+    cache = versions.repository / ".dvc" / "cache" / "files" / "md5"
+    digest = read_pointer(pointer_of(folder)).digest
+    faults = [] if digest == digest_of(folder) else [f"{pointer_of(folder)} names {digest}"]
+    if damage := _damage(cache, digest):
+        return [*faults, *damage]
+    listed = {entry["md5"] for entry in json.loads((cache / digest[:2] / digest[2:]).read_text("utf-8"))}
+    return faults + [fault for md5 in sorted(listed) for fault in _damage(cache, md5)]
+
+
+def _damage(cache: Path, name: str) -> list[str]:
+    kept = cache / name[:2] / name[2:]
+    if not kept.is_file():
+        return [f"{name} is missing"]
+    holds = digest_of(kept)
+    return [] if holds == name.removesuffix(".dir") else [f"{name} holds {holds}"]
 
 
 def leftovers(place: Place) -> list[Path]:

@@ -3,10 +3,15 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tasks.records import Digest
+from tasks.store import digest_of
+from tasks.versions import Versions, pointer_of
 from tests import crowd, storm
 from tests.conftest import Place
 
@@ -40,6 +45,41 @@ def test_a_run_that_is_asked_to_end_ends_in_order(
     assert "nothing sealed is lost - the same command goes on from here" in said
     assert "Traceback" not in said
     assert not storm.processes(place)
+
+
+def test_a_missing_a_cut_and_a_swapped_object_of_dvcs_cache_are_noticed(tmp_path: Path) -> None:
+    place = Place(storm.made(tmp_path / "place"))
+    run = place.run("guided")
+    assert storm.not_kept(run) == [f"{run} has no pointer"]
+    run.mkdir(parents=True)
+    for name, text in (("one", "first"), ("two", "second")):
+        (run / name).write_text(text)
+    versions = Versions.around(run)
+    assert versions is not None
+    listing = versions.keep(run, {})
+    one, two = digest_of(run / "one"), digest_of(run / "two")
+    assert storm.not_kept(run) == []
+    for digest in (one, listing):
+        with replaced(place, digest, None):
+            assert storm.not_kept(run) == [f"{digest} is missing"]
+        for other in ("fir", "second"):
+            with replaced(place, digest, other) as kept:
+                assert storm.not_kept(run) == [f"{digest} holds {digest_of(kept)}"]
+    with replaced(place, one, None), replaced(place, two, ""):
+        assert {fault.split()[0] for fault in storm.not_kept(run)} == {one, two}
+    (run / "three").write_text("not kept yet")
+    assert storm.not_kept(run) == [f"{pointer_of(run)} names {listing}"]
+
+
+@contextmanager
+def replaced(place: Place, digest: Digest, text: str | None) -> Iterator[Path]:
+    """DVC's object of this name, deleted or with other content for a while."""
+    kept = place.root / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]
+    aside = kept.rename(place.root / digest)
+    if text is not None:
+        kept.write_text(text)
+    yield kept
+    aside.replace(kept)
 
 
 @pytest.mark.slow
