@@ -57,7 +57,7 @@ MOMENTS = {
 SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
 MEASURED = ("seconds/", "memory_mib/", "system/")  # metrics of the machine, which differ from run to run
 ORDERLY_S = 5.0
-LOADED_S = 15.0  # with as many runs at once as the machine has processors
+LOADED_S = 15.0  # where other runs work at the same time
 LATE_S = 20.0  # a run that is about to end when it is asked to stop may end as it would have
 PATIENCE_S = 600
 
@@ -87,9 +87,12 @@ def main(arguments: list[str]) -> int:
     root = chosen.folder or Path(tempfile.mkdtemp(prefix="fscil-storm-"))
     reference = Place(made(root / "undisturbed"))
     finish(reference.root, reference)
+    orderly_s = ORDERLY_S if chosen.at_once == 1 else LOADED_S
     console = Console(stderr=True)
     with ThreadPoolExecutor(chosen.at_once) as pool:
-        futures = [pool.submit(weather, root, reference, chosen.seed, i) for i in range(chosen.runs)]
+        futures = [
+            pool.submit(weather, root, reference, chosen.seed, i, orderly_s) for i in range(chosen.runs)
+        ]
         outcomes = []
         for number, future in enumerate(futures):
             outcomes.append(future.result())
@@ -104,7 +107,7 @@ def main(arguments: list[str]) -> int:
     return int(bool(missed) or any(outcome.faults for outcome in outcomes))
 
 
-def weather(root: Path, reference: Place, seed: int, number: int) -> Outcome:
+def weather(root: Path, reference: Place, seed: int, number: int, orderly_s: float) -> Outcome:
     """One run: killed, started again, ended, compared."""
     dice, outcome = random.Random(f"{seed}-{number}"), Outcome()
     place = Place(made(root / f"run-{number:02d}"))
@@ -113,7 +116,7 @@ def weather(root: Path, reference: Place, seed: int, number: int) -> Outcome:
         names = list(MOMENTS)
         moment = names[(number + attempt) % len(names)] if attempt == 0 else dice.choice(names)
         number_of_signal = dice.choices(list(SIGNALS), (8, 1, 1))[0]
-        if not strike(place, moment, number_of_signal, dice, outcome):
+        if not strike(place, moment, number_of_signal, dice, outcome, orderly_s):
             break
         kept = finished_work(place) | kept  # known by when it was first there
     outcome.kept = len(kept)
@@ -127,8 +130,10 @@ def weather(root: Path, reference: Place, seed: int, number: int) -> Outcome:
     return outcome
 
 
-def strike(place: Place, moment: str, number: signal.Signals, dice: random.Random, outcome: Outcome) -> bool:
-    """Start the run and stop it at a moment; False if it ended before."""
+def strike(
+    place: Place, moment: str, number: signal.Signals, dice: random.Random, outcome: Outcome, orderly_s: float
+) -> bool:
+    """Start the run and stop it at a moment, in order within so many seconds; False if it ended before."""
     seen = signs_of(place, moment)
     process = start(place)
     until = time.monotonic() + (dice.uniform(5, 60) if not MOMENTS[moment] else PATIENCE_S)
@@ -156,8 +161,8 @@ def strike(place: Place, moment: str, number: signal.Signals, dice: random.Rando
             outcome.faults.append(f"{number.name} ended it with {code}")
         elif code == 0 and took > LATE_S:
             outcome.faults.append(f"{number.name} was not heeded")
-        elif code and took > LOADED_S:
-            outcome.faults.append(f"{number.name} was heeded only after more than {LOADED_S:.0f} s")
+        elif code and took > orderly_s:
+            outcome.faults.append(f"{number.name} was heeded only after more than {orderly_s:g} s")
         elif code and "the same command goes on from here" not in said:
             outcome.faults.append(f"{number.name} without a sentence on how to resume")
     return True

@@ -1,7 +1,10 @@
 """A part of `make storm`: an interrupt from the terminal, a request to end, and, slow, some runs of both halves."""
 
 import os
+import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +48,51 @@ def test_a_run_that_is_asked_to_end_ends_in_order(
     assert "nothing sealed is lost - the same command goes on from here" in said
     assert "Traceback" not in said
     assert not storm.processes(place)
+
+
+SLOW_TO_STOP = """
+import pathlib, signal, sys, time
+def stop(*_):
+    time.sleep(1)
+    print("the same command goes on from here")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path("state/stages/evaluate/0.partial").mkdir(parents=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("orderly_s", "faults"), [(0.5, ["SIGTERM was heeded only after more than 0.5 s"]), (30, [])]
+)
+def test_a_stop_that_takes_longer_than_promised_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orderly_s: float, faults: list[str]
+) -> None:
+    def start(place: Place) -> subprocess.Popen[bytes]:
+        with (place.root / "log").open("wb") as told:
+            return subprocess.Popen([sys.executable, "-c", SLOW_TO_STOP], cwd=place.root, stdout=told)
+
+    monkeypatch.setattr(storm, "start", start)
+    place, outcome = Place(tmp_path), storm.Outcome()
+    assert storm.strike(place, "evaluate", signal.SIGTERM, random.Random(0), outcome, orderly_s)
+    assert outcome.faults == faults
+
+
+def test_a_run_that_has_the_machine_to_itself_stops_as_soon_as_promised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = []
+
+    def weather(root: Path, reference: Place, seed: int, number: int, orderly_s: float) -> storm.Outcome:
+        allowed.append(orderly_s)
+        return storm.Outcome()
+
+    monkeypatch.setattr(storm, "weather", weather)
+    monkeypatch.setattr(storm, "finish", lambda root, place: None)
+    for at_once in ("1", "2"):
+        folder = tmp_path / at_once
+        assert storm.main(["--runs", "1", "--at-once", at_once, "--folder", str(folder)]) == 0
+    assert allowed == [storm.ORDERLY_S, storm.LOADED_S]
 
 
 def test_a_missing_a_cut_and_a_swapped_object_of_dvcs_cache_are_noticed(tmp_path: Path) -> None:
