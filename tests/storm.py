@@ -219,15 +219,20 @@ def finish(root: Path, place: Place) -> None:
 
 def finished_work(place: Place) -> dict[Path, int]:
     """When each sealed record, each image of a finished shard and each VLM answer was written."""
-    stages = place.root / "state" / "stages"
-    records = (path for path in stages.glob("*/*/record.json") if path.parent.suffix != ".partial")
-    answered = (place.root / "state" / "vlm").rglob("[!.]*.json")
-    written = {path: path.stat().st_mtime_ns for path in (*records, *answered)}
-    for shard in stages.glob("regenerate/*.partial/shard-*.jsonl"):
+    state = place.root / "state"
+    answered = (state / "vlm").rglob("[!.]*.json")
+    written = sealed(state) | {path: path.stat().st_mtime_ns for path in answered}
+    for shard in state.glob("stages/regenerate/*.partial/shard-*.jsonl"):
         for row in read_lines(shard, AugmentedImage):
             image = shard.parent / "images" / row.path
             written[shard.parent.with_suffix("") / "images" / row.path] = image.stat().st_mtime_ns
     return written
+
+
+def sealed(state: Path) -> dict[Path, int]:
+    """When the record of each sealed stage in a state folder was written."""
+    records = state.glob("stages/*/*/record.json")
+    return {path: path.stat().st_mtime_ns for path in records if path.parent.suffix != ".partial"}
 
 
 def differences(place: Place, reference: Place, kept: dict[Path, int]) -> list[str]:
