@@ -19,7 +19,7 @@ from flows.reproduce import choose_profile, read_profile, refuse_other_runs, set
 from tasks.store import digest_of
 from tests.canaries import CANARIES, holding
 from tests.conftest import QUICK, ROOT, Place
-from tests.storm import processes, sealed
+from tests.storm import not_kept, processes, sealed
 
 METHODS = ("finetune", "guided")
 
@@ -230,18 +230,28 @@ def test_no_planted_key_is_left_by_what_the_warm_process_ran(reproduced: Path) -
     assert list(holding(reproduced)) == []
 
 
-def test_what_no_run_names_is_shown_before_it_goes(reproduced: Path) -> None:
+def test_what_nothing_names_is_shown_before_it_goes(reproduced: Path) -> None:
+    collect = ("python", "-m", "flows", "gc", "--days", "0")
+    run(reproduced, *collect, "--delete")
     left = reproduced / ".fscil" / "stages" / "evaluate" / ("0" * 64 + ".partial")
+    orphan = reproduced / ".dvc" / "cache" / "files" / "md5" / "00" / ("0" * 30)
+    stages = sorted((reproduced / ".fscil" / "stages").glob("*/*"))
     left.mkdir()
     (left / "half").write_text("x")
-    stages = sorted((reproduced / ".fscil" / "stages").glob("*/*"))
-    said = run(reproduced, "python", "-m", "flows", "gc", "--days", "0")
+    orphan.parent.mkdir(exist_ok=True)
+    orphan.write_text("x")
+    said = run(reproduced, *collect)
     assert str(left.relative_to(reproduced)) in said
     assert "1 sealed stages or leftovers" in said
+    assert "1 objects of DVC's cache that no pointer or commit names" in said
     assert "nothing was deleted" in said
     assert left.exists()
-    run(reproduced, "python", "-m", "flows", "gc", "--days", "0", "--delete")
-    assert sorted((reproduced / ".fscil" / "stages").glob("*/*")) == [p for p in stages if p != left]
+    assert orphan.exists()
+    run(reproduced, *collect, "--delete")
+    assert sorted((reproduced / ".fscil" / "stages").glob("*/*")) == stages
+    assert not orphan.exists()
+    pointers = [*(reproduced / "runs").rglob("*.dvc"), reproduced / "data.dvc"]
+    assert [fault for pointer in pointers for fault in not_kept(pointer.with_suffix(""))] == []
     assert ran(run(reproduced, "dvc", "repro")) == []
 
 
