@@ -27,7 +27,7 @@ from rich.table import Table
 
 from tasks.store import Store, digest_of
 from tests.conftest import Place
-from tests.storm import MEASURED, finished_work, leftovers, made, processes, start
+from tests.storm import MEASURED, finished_work, leftovers, made, not_kept, processes, start
 
 REFUSED = "is already running in another process"
 KILLED = -signal.SIGKILL
@@ -96,7 +96,12 @@ def _end(process: subprocess.Popen[bytes], log: Path, faults: list[str]) -> str:
 
 def ended(place: Place, seed: int) -> bool:
     """Whether a seed's run is there as a whole."""
-    return (place.run("guided").with_name(f"seed-{seed}") / "experiment.json").is_file()
+    return (run_of(place, seed) / "experiment.json").is_file()
+
+
+def run_of(place: Place, seed: int) -> Path:
+    """The results folder of a seed."""
+    return place.run("guided").with_name(f"seed-{seed}")
 
 
 # ------------------------------------------------------------------------------------------ comparing
@@ -108,8 +113,10 @@ def differences(place: Place, alone: Place, seeds: list[int]) -> list[str]:
         if start(alone, seed).wait():
             raise SystemExit((alone.root / "log").read_text(errors="replace")[-3000:])
     other = [seed for seed in seeds if results(place, seed) != results(alone, seed)]
+    unkept = [seed for seed in seeds if not_kept(run_of(place, seed))]
     checks = {
         f"results of seeds {other} differ": bool(other),
+        f"DVC does not keep the results of seeds {unkept} whole": bool(unkept),
         "MLflow has a point twice": bool(twice(place)),
         "MLflow has other runs": runs_in(place) != runs_in(alone),
         "MLflow has other points": points_in(place) != points_in(alone),
@@ -123,7 +130,7 @@ def differences(place: Place, alone: Place, seeds: list[int]) -> list[str]:
 
 def results(place: Place, seed: int) -> dict[str, str]:
     """Digest of every file of a run but config.json, which names places."""
-    folder = place.run("guided").with_name(f"seed-{seed}")
+    folder = run_of(place, seed)
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "config.json")
     return {path.relative_to(folder).as_posix(): digest_of(path) for path in files}
 

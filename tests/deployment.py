@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flows import services
+from tests.canaries import CANARIES
 from tests.conftest import ROOT
+from tests.storm import made
 
 
 def free_port() -> int:
@@ -20,19 +22,19 @@ def free_port() -> int:
 
 
 class Clone:
-    """A copy of the project with ports of its own."""
+    """A copy of the project with ports and a DVC repository of its own, and planted keys in its environment."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.port, self.mlflow = root, free_port(), free_port()
+        self.root, self.port, self.mlflow = made(root), free_port(), free_port()
         for name in ("flows", "tasks", "configs"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("Makefile", "pyproject.toml", "constraints.txt", "prefect.yaml"):
             shutil.copy2(ROOT / name, root / name)
         (root / "data").mkdir()
         (root / "data" / "digits").symlink_to(ROOT / "data" / "digits")
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
-            "PREFECT_API_URL": f"http://{services.HOST}:{self.port}/api"
-        }
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+        api = f"http://{services.HOST}:{self.port}/api"
+        self.environment = kept | CANARIES | {"PREFECT_API_URL": api}
 
     def make(self, target: str, *more: str) -> subprocess.CompletedProcess[str]:
         settings = (
@@ -53,12 +55,12 @@ class Clone:
         given = [
             part for key, value in parameters.items() for part in ("--param", f"{key}={json.dumps(value)}")
         ]
-        command = [sys.executable, "-m", "prefect", "deployment", "run", f"fscil/{deployment}"]
+        command = [sys.executable, "-m", "prefect", "deployment", "run", deployment]
         return self.run(*command, *(["--watch"] if watch else []), *given)
 
-    def runs(self) -> list[dict[str, Any]]:
-        """The flow runs of the flow, newest first."""
-        body = {"flows": {"name": {"any_": ["fscil"]}}, "sort": "EXPECTED_START_TIME_DESC"}
+    def runs(self, flow: str = "fscil") -> list[dict[str, Any]]:
+        """The flow runs of a flow, newest first."""
+        body = {"flows": {"name": {"any_": [flow]}}, "sort": "EXPECTED_START_TIME_DESC"}
         return json.loads(
             services._get(f"{self.environment['PREFECT_API_URL']}/flow_runs/filter", body) or "[]"
         )

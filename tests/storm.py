@@ -10,6 +10,7 @@ was lost, computed twice or left behind.
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -32,6 +33,7 @@ from rich.table import Table
 
 from tasks.records import AugmentedImage
 from tasks.store import digest_of, read_lines
+from tasks.versions import Versions, pointer_of, read_pointer
 from tests.conftest import ROOT, Place
 
 MOMENTS = {
@@ -55,7 +57,7 @@ MOMENTS = {
 SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
 MEASURED = ("seconds/", "memory_mib/", "system/")  # metrics of the machine, which differ from run to run
 ORDERLY_S = 5.0
-LOADED_S = 15.0  # with as many runs at once as the machine has processors
+LOADED_S = 15.0  # where other runs work at the same time
 LATE_S = 20.0  # a run that is about to end when it is asked to stop may end as it would have
 PATIENCE_S = 600
 
@@ -85,9 +87,12 @@ def main(arguments: list[str]) -> int:
     root = chosen.folder or Path(tempfile.mkdtemp(prefix="fscil-storm-"))
     reference = Place(made(root / "undisturbed"))
     finish(reference.root, reference)
+    orderly_s = ORDERLY_S if chosen.at_once == 1 else LOADED_S
     console = Console(stderr=True)
     with ThreadPoolExecutor(chosen.at_once) as pool:
-        futures = [pool.submit(weather, root, reference, chosen.seed, i) for i in range(chosen.runs)]
+        futures = [
+            pool.submit(weather, root, reference, chosen.seed, i, orderly_s) for i in range(chosen.runs)
+        ]
         outcomes = []
         for number, future in enumerate(futures):
             outcomes.append(future.result())
@@ -102,7 +107,7 @@ def main(arguments: list[str]) -> int:
     return int(bool(missed) or any(outcome.faults for outcome in outcomes))
 
 
-def weather(root: Path, reference: Place, seed: int, number: int) -> Outcome:
+def weather(root: Path, reference: Place, seed: int, number: int, orderly_s: float) -> Outcome:
     """One run: killed, started again, ended, compared."""
     dice, outcome = random.Random(f"{seed}-{number}"), Outcome()
     place = Place(made(root / f"run-{number:02d}"))
@@ -111,7 +116,7 @@ def weather(root: Path, reference: Place, seed: int, number: int) -> Outcome:
         names = list(MOMENTS)
         moment = names[(number + attempt) % len(names)] if attempt == 0 else dice.choice(names)
         number_of_signal = dice.choices(list(SIGNALS), (8, 1, 1))[0]
-        if not strike(place, moment, number_of_signal, dice, outcome):
+        if not strike(place, moment, number_of_signal, dice, outcome, orderly_s):
             break
         kept = finished_work(place) | kept  # known by when it was first there
     outcome.kept = len(kept)
@@ -125,8 +130,10 @@ def weather(root: Path, reference: Place, seed: int, number: int) -> Outcome:
     return outcome
 
 
-def strike(place: Place, moment: str, number: signal.Signals, dice: random.Random, outcome: Outcome) -> bool:
-    """Start the run and stop it at a moment; False if it ended before."""
+def strike(
+    place: Place, moment: str, number: signal.Signals, dice: random.Random, outcome: Outcome, orderly_s: float
+) -> bool:
+    """Start the run and stop it at a moment, in order within so many seconds; False if it ended before."""
     seen = signs_of(place, moment)
     process = start(place)
     until = time.monotonic() + (dice.uniform(5, 60) if not MOMENTS[moment] else PATIENCE_S)
@@ -154,8 +161,8 @@ def strike(place: Place, moment: str, number: signal.Signals, dice: random.Rando
             outcome.faults.append(f"{number.name} ended it with {code}")
         elif code == 0 and took > LATE_S:
             outcome.faults.append(f"{number.name} was not heeded")
-        elif code and took > LOADED_S:
-            outcome.faults.append(f"{number.name} was heeded only after more than {LOADED_S:.0f} s")
+        elif code and took > orderly_s:
+            outcome.faults.append(f"{number.name} was heeded only after more than {orderly_s:g} s")
         elif code and "the same command goes on from here" not in said:
             outcome.faults.append(f"{number.name} without a sentence on how to resume")
     return True
@@ -212,15 +219,20 @@ def finish(root: Path, place: Place) -> None:
 
 def finished_work(place: Place) -> dict[Path, int]:
     """When each sealed record, each image of a finished shard and each VLM answer was written."""
-    stages = place.root / "state" / "stages"
-    records = (path for path in stages.glob("*/*/record.json") if path.parent.suffix != ".partial")
-    answered = (place.root / "state" / "vlm").rglob("[!.]*.json")
-    written = {path: path.stat().st_mtime_ns for path in (*records, *answered)}
-    for shard in stages.glob("regenerate/*.partial/shard-*.jsonl"):
+    state = place.root / "state"
+    answered = (state / "vlm").rglob("[!.]*.json")
+    written = sealed(state) | {path: path.stat().st_mtime_ns for path in answered}
+    for shard in state.glob("stages/regenerate/*.partial/shard-*.jsonl"):
         for row in read_lines(shard, AugmentedImage):
             image = shard.parent / "images" / row.path
             written[shard.parent.with_suffix("") / "images" / row.path] = image.stat().st_mtime_ns
     return written
+
+
+def sealed(state: Path) -> dict[Path, int]:
+    """When the record of each sealed stage in a state folder was written."""
+    records = state.glob("stages/*/*/record.json")
+    return {path: path.stat().st_mtime_ns for path in records if path.parent.suffix != ".partial"}
 
 
 def differences(place: Place, reference: Place, kept: dict[Path, int]) -> list[str]:
@@ -234,9 +246,7 @@ def differences(place: Place, reference: Place, kept: dict[Path, int]) -> list[s
         "VLM answers are others": lambda: answers(place) != answers(reference),
         "MLflow has other points": lambda: points(place) != points(reference),
         "MLflow has a point twice": lambda: any(n > 1 for n in Counter(point_keys(place)).values()),
-        "DVC's pointer is not the results' digest": lambda: (
-            digest_of(place.run("guided")) not in pointer(place)
-        ),
+        "DVC does not keep the results whole": lambda: bool(not_kept(place.run("guided"))),
         "something temporary was left": lambda: bool(leftovers(place)),
         "a process was left": lambda: bool(processes(place)),
     }
@@ -273,9 +283,26 @@ def point_keys(place: Place) -> list[tuple[str, str, int]]:
     return [row[:3] for row in rows(place)]
 
 
-def pointer(place: Place) -> str:
-    """What DVC says of the results."""
-    return (place.root / "runs" / "digits" / "guided" / "seed-0.dvc").read_text()
+def not_kept(folder: Path) -> list[str]:
+    """What DVC's cache lacks of a folder as its pointer names it, or holds otherwise; empty where it is whole."""
+    versions = Versions.around(folder)
+    if versions is None or not pointer_of(folder).is_file():
+        return [f"{folder} has no pointer"]
+    cache = versions.repository / ".dvc" / "cache" / "files" / "md5"
+    digest = read_pointer(pointer_of(folder)).digest
+    faults = [] if digest == digest_of(folder) else [f"{pointer_of(folder)} names {digest}"]
+    if damage := _damage(cache, digest):
+        return [*faults, *damage]
+    listed = {entry["md5"] for entry in json.loads((cache / digest[:2] / digest[2:]).read_text("utf-8"))}
+    return faults + [fault for md5 in sorted(listed) for fault in _damage(cache, md5)]
+
+
+def _damage(cache: Path, name: str) -> list[str]:
+    kept = cache / name[:2] / name[2:]
+    if not kept.is_file():
+        return [f"{name} is missing"]
+    holds = digest_of(kept)
+    return [] if holds == name.removesuffix(".dir") else [f"{name} holds {holds}"]
 
 
 def leftovers(place: Place) -> list[Path]:

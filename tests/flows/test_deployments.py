@@ -19,8 +19,10 @@ from flows import services
 from flows.config import load_config
 from flows.experiment import all_overrides, fscil, preflight
 from flows.services import Service
+from tests.canaries import CANARIES, holding
 from tests.conftest import QUICK, ROOT, Place
 from tests.deployment import Clone, free_port
+from tests.storm import not_kept
 
 FILE = yaml.safe_load((ROOT / "prefect.yaml").read_text())
 ALL = {entry["name"]: entry for entry in FILE["deployments"]}
@@ -158,8 +160,12 @@ def test_up_runs_deployments_and_down_ends_all_of_it(tmp_path: Path, digits: Pat
             "make down", "make up"
         )
 
+        worker = (clone.root / ".fscil" / "services" / "worker.pid").read_text().split()[0]
+        given = Path("/proc", worker, "environ").read_bytes()
+        assert all(key.encode() in given for key in CANARIES.values()), "what follows was done with the keys"
+
         began = time.monotonic()
-        done = clone.start("cub200")
+        done = clone.start("fscil/cub200")
         assert done.returncode == 1, done.stdout
         (failed,) = clone.runs()
         assert failed["name"] == "cub200 · guided · seed 0"
@@ -168,19 +174,32 @@ def test_up_runs_deployments_and_down_ends_all_of_it(tmp_path: Path, digits: Pat
         assert not (clone.root / ".fscil" / "stages").exists()
         assert time.monotonic() - began < 240, "seconds on a machine of its own"
 
-        done = clone.start("digits", overrides=["tuning.updats=3"])
+        done = clone.start("fscil/digits", overrides=["tuning.updats=3"])
         assert done.returncode == 1
         assert "did you mean tuning.updates?" in clone.runs()[0]["state"]["message"]
 
         quick = [*QUICK, "dataset.n_sessions=0", "seed=2", "method=finetune", "stopping.max_epochs=1"]
-        done = clone.start("digits", overrides=quick)
+        done = clone.start("fscil/digits", overrides=quick)
         assert done.returncode == 0, done.stdout + done.stderr
         assert clone.runs()[0]["name"] == "digits · finetune · seed 2"
         assert clone.runs()[0]["parameters"]["overrides"] == quick
-        assert (clone.root / "runs" / "digits" / "finetune" / "seed-2" / "experiment.json").is_file()
+        run = clone.root / "runs" / "digits" / "finetune" / "seed-2"
+        assert (run / "experiment.json").is_file()
+        assert not_kept(run) == []
         assert (clone.root / "mlflow.db").is_file()
+
+        epoch = "runs/digits/finetune/seed-2/session-00/epoch-000"
+        done = clone.start("replay/epoch", folder=epoch)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (replayed,) = clone.runs("replay")
+        assert replayed["name"] == "replay · digits/finetune/seed-2 · session 0 · epoch 0"
+        assert replayed["state"]["type"] == "COMPLETED"
+        assert replayed["state"]["message"] == f"identical: 2 of 2 stages of {epoch}"
     finally:
         done = clone.make("down")
     assert done.stdout.strip() == "ended: worker, mlflow, server"
     assert services._get(f"{clone.environment['PREFECT_API_URL']}/health") is None
     assert "nothing was running" in clone.make("down").stdout
+    for searched in (".fscil/services/worker.log", ".fscil/prefect/prefect.db", "mlflow.db"):
+        assert (clone.root / searched).is_file()
+    assert list(holding(clone.root)) == []

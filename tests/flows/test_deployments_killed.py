@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.canaries import holding
 from tests.conftest import QUICK, Place
 from tests.crowd import twice
 from tests.deployment import Clone
+from tests.storm import not_kept, sealed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 STARTED = Path(".fscil", "stages")
@@ -23,6 +25,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Iterator[Cl
         yield made
     finally:
         made.make("down")
+    assert list(holding(made.root)) == [], "a planted key was left"
 
 
 def until(true: Callable[[], object], seconds: float = 600) -> None:
@@ -54,17 +57,12 @@ def alive(group: int) -> bool:
 def started(clone: Clone, seed: int, *more: str) -> None:
     """Ask for a run without waiting for it."""
     overrides = [*QUICK, f"seed={seed}", *more]
-    done = clone.start("digits", watch=False, overrides=overrides)
+    done = clone.start("fscil/digits", watch=False, overrides=overrides)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def ended(clone: Clone, seed: int) -> bool:
     return (clone.root / "runs" / "digits" / "guided" / f"seed-{seed}" / "experiment.json").is_file()
-
-
-def sealed(clone: Clone) -> dict[Path, int]:
-    found = (clone.root / STARTED).glob("*/*/record.json")
-    return {path: path.stat().st_mtime_ns for path in found if path.parent.suffix != ".partial"}
 
 
 def up(clone: Clone) -> None:
@@ -80,7 +78,7 @@ def test_the_same_call_goes_on_after_a_kill(clone: Clone, service: str, stage: s
     started(clone, 0, apart)
     until(lambda: list((clone.root / STARTED / stage).glob("*.partial")))
     kill_group(clone, service)
-    before = sealed(clone)
+    before = sealed(clone.root / ".fscil")
     assert before
     up(clone)
     until(lambda: ended(clone, 0) or not clone.working(), 900)  # a run waits a while for its server
@@ -92,3 +90,4 @@ def test_the_same_call_goes_on_after_a_kill(clone: Clone, service: str, stage: s
     assert Place(clone.root).files("guided") == finished.files("guided")
     assert twice(Place(clone.root)) == [], "MLflow has a point twice"
     assert list((clone.root / STARTED).glob("*/*.partial")) == []
+    assert not_kept(Place(clone.root).run("guided")) == []

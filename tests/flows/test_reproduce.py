@@ -19,9 +19,9 @@ from flows.reproduce import choose_profile, read_profile, refuse_other_runs, set
 from tasks.store import digest_of
 from tests.canaries import CANARIES, holding
 from tests.conftest import QUICK, ROOT, Place
-from tests.storm import processes
+from tests.storm import not_kept, processes, sealed
 
-METHODS = ("finetune", "fixed_sd")
+METHODS = ("finetune", "guided")
 
 
 def run(place: Path, *command: str, fails: bool = False) -> str:
@@ -82,7 +82,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "mlruns", "__pycache__", "*.egg-info", "cache", "tmp", "config.local", "dvc.lock", "dvc_plots",
     )  # fmt: skip
     shutil.copytree(ROOT, place, symlinks=True, ignore=left)
-    set_params(place, methods=list(METHODS), seeds=[0], overrides=[*QUICK, "tracking=off"])
+    set_params(
+        place, methods=list(METHODS), seeds=[0], overrides=[*QUICK, "dataset.n_sessions=1", "tracking=off"]
+    )
     run(place, "git", "init", "--quiet")
     commit(place, "as it is handed out")
     return place
@@ -93,8 +95,8 @@ def reproduced(clone: Path) -> Path:
     """The clone after its first `dvc repro`, which wrote every row."""
     said = run(clone, "dvc", "repro")
     assert sorted(ran(said)) == sorted(["settings", *(f"experiment@digits-{m}-0" for m in METHODS), "tables"])
-    shown = said[said.index("Running stage 'experiment@digits-fixed_sd-0'") :]
-    assert "session 2: test" in shown, "what one prints that was begun ahead comes under its own stage"
+    shown = said[said.index("Running stage 'experiment@digits-guided-0'") :]
+    assert "session 1: test" in shown, "what one prints that was begun ahead comes under its own stage"
     return clone
 
 
@@ -102,17 +104,17 @@ def test_a_fresh_clone_builds_the_tables_and_a_second_time_does_nothing(reproduc
     table = (reproduced / "reports" / "table.md").read_text()
     assert all(f"{method} |" in table for method in METHODS)
     assert ran(run(reproduced, "dvc", "repro")) == []
-    cell = json.loads((reproduced / "reports" / "cells" / "digits" / "fixed_sd" / "seed-0.json").read_text())
+    cell = json.loads((reproduced / "reports" / "cells" / "digits" / "guided" / "seed-0.json").read_text())
     assert cell["images"] > 0
     metrics = run(reproduced, "dvc", "metrics", "show", "--json")
-    assert "fixed_sd" in metrics
+    assert "guided" in metrics
     assert "novel" in metrics
     assert "index.html" in run(reproduced, "dvc", "plots", "show")
 
 
 def test_each_run_has_a_pointer_that_dvc_agrees_with(reproduced: Path) -> None:
     pointers = sorted((reproduced / "runs").rglob("*.dvc"))
-    assert [p.parent.name for p in pointers] == ["finetune", "fixed_sd"]
+    assert [p.parent.name for p in pointers] == ["finetune", "guided"]
     for pointer in pointers:
         (out,) = yaml.safe_load(pointer.read_text())["outs"]
         assert out["md5"] == digest_of(pointer.with_suffix(""))
@@ -124,11 +126,11 @@ def test_a_change_runs_what_it_concerns(reproduced: Path) -> None:
     before = yaml.safe_load((reproduced / "params.yaml").read_text())
     set_params(reproduced, overrides=[*before["overrides"], "generator.steps=4"])
     said = run(reproduced, "dvc", "repro", "--dry")
-    assert "experiment@digits-fixed_sd-0" not in ran(said), (
+    assert "experiment@digits-guided-0" not in ran(said), (
         "its settings are not known before they are composed"
     )
     run(reproduced, "dvc", "repro", "settings")
-    assert "experiment@digits-fixed_sd-0" in run(reproduced, "dvc", "status")
+    assert "experiment@digits-guided-0" in run(reproduced, "dvc", "status")
     assert "experiment@digits-finetune-0" not in run(reproduced, "dvc", "status"), "it draws no image"
     set_params(reproduced, seeds=[0, 1], overrides=before["overrides"])
     run(reproduced, "dvc", "repro", "settings")
@@ -146,28 +148,28 @@ def test_pushed_here_restored_and_replayed_in_a_second_clone(reproduced: Path, t
     commit(reproduced, "pointers")
     second = tmp_path / "second"
     run(tmp_path, "git", "clone", "--quiet", str(reproduced), str(second))
-    epoch = "runs/digits/fixed_sd/seed-0/session-01/epoch-000"
+    epoch = "runs/digits/guided/seed-0/session-01/epoch-000"
     images = digest_of(reproduced / epoch / "images")
     assert not (second / epoch).exists()
     assert "restored" in run(second, "fscil", "restore", images)
     assert digest_of(second / epoch / "images") == images
     run(second, "dvc", "pull", "--quiet", "data.dvc")
     assert len(list((second / "data" / "digits").rglob("*.png"))) == 5000
-    shutil.rmtree(second / "runs" / "digits" / "fixed_sd" / "seed-0")
+    shutil.rmtree(second / "runs" / "digits" / "guided" / "seed-0")
     said = run(second, "python", "-m", "flows", "replay", epoch)
-    assert "identical: 3 of 3 stages" in said, "it restores what it needs"
-    whole = "runs/digits/fixed_sd/seed-0"
+    assert "identical: 6 of 6 stages" in said, "it restores what it needs"
+    whole = "runs/digits/guided/seed-0"
     assert digest_of(second / whole) == digest_of(reproduced / whole)
     commit_of_run = run(reproduced, "git", "rev-list", "--max-parents=0", "HEAD").strip()
     image = next((second / epoch / "images").rglob("*.png")).relative_to(second)
     assert commit_of_run in run(second, "python", "-m", "flows", "trace", str(image))
     assert "no run was kept" in run(
-        second, "python", "-m", "flows", "restore", "digits/guided/seed-0", fails=True
+        second, "python", "-m", "flows", "restore", "digits/fixed_sd/seed-0", fails=True
     )
 
 
 def test_all_experiments_of_one_reproduction_were_forked_by_one_process(reproduced: Path) -> None:
-    assert warm_log(reproduced) == ["cell digits finetune 0: 0", "cell digits fixed_sd 0: 0, begun ahead"]
+    assert warm_log(reproduced) == ["cell digits finetune 0: 0", "cell digits guided 0: 0, begun ahead"]
     assert list((reproduced / ".fscil").glob("warm-*.sock")) == []
     assert processes(Place(reproduced)) == [], "it ended with dvc"
     for method in METHODS:
@@ -190,13 +192,13 @@ def test_nothing_is_begun_ahead_of_a_stage_that_was_asked_for_by_name(reproduced
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_reproduction_that_is_stopped_leaves_no_process_and_goes_on(
-    reproduced: Path, number: signal.Signals
+@pytest.mark.parametrize(("number", "seed"), [(signal.SIGINT, 7), (signal.SIGTERM, 9), (signal.SIGKILL, 10)])
+def test_a_reproduction_that_is_stopped_leaves_no_process_and_computes_nothing_twice(
+    reproduced: Path, number: signal.Signals, seed: int
 ) -> None:
-    set_params(reproduced, seeds=[0, 7])
-    for left in reproduced.glob(".fscil/stages/*/*.partial"):
-        shutil.rmtree(left)
+    state = reproduced / ".fscil"
+    before = sealed(state)
+    set_params(reproduced, seeds=[0, seed])
     process = subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro"],
         cwd=reproduced,
@@ -206,8 +208,8 @@ def test_a_reproduction_that_is_stopped_leaves_no_process_and_goes_on(
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        while not list(reproduced.glob(".fscil/stages/*/*.partial")):
-            assert process.poll() is None, "it ended before it worked on anything"
+        while sealed(state) == before or not list(state.glob("stages/*/*.partial")):
+            assert process.poll() is None, "it ended before it had sealed anything"
             time.sleep(0.01)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does
@@ -215,8 +217,9 @@ def test_a_reproduction_that_is_stopped_leaves_no_process_and_goes_on(
             process.send_signal(number)
         assert process.wait(60) != 0
         assert processes(Place(reproduced)) == []
-        if number == signal.SIGKILL:
-            assert f"experiment@digits-{METHODS[-1]}-7" in ran(run(reproduced, "dvc", "repro"))
+        kept = sealed(state)
+        assert f"experiment@digits-{METHODS[-1]}-{seed}" in ran(run(reproduced, "dvc", "repro"))
+        assert kept.items() <= sealed(state).items()
     finally:
         set_params(reproduced, seeds=[0])
     assert set(ran(run(reproduced, "dvc", "repro"))) <= {"settings", "tables"}
@@ -227,18 +230,28 @@ def test_no_planted_key_is_left_by_what_the_warm_process_ran(reproduced: Path) -
     assert list(holding(reproduced)) == []
 
 
-def test_what_no_run_names_is_shown_before_it_goes(reproduced: Path) -> None:
+def test_what_nothing_names_is_shown_before_it_goes(reproduced: Path) -> None:
+    collect = ("python", "-m", "flows", "gc", "--days", "0")
+    run(reproduced, *collect, "--delete")
     left = reproduced / ".fscil" / "stages" / "evaluate" / ("0" * 64 + ".partial")
+    orphan = reproduced / ".dvc" / "cache" / "files" / "md5" / "00" / ("0" * 30)
+    stages = sorted((reproduced / ".fscil" / "stages").glob("*/*"))
     left.mkdir()
     (left / "half").write_text("x")
-    stages = sorted((reproduced / ".fscil" / "stages").glob("*/*"))
-    said = run(reproduced, "python", "-m", "flows", "gc", "--days", "0")
+    orphan.parent.mkdir(exist_ok=True)
+    orphan.write_text("x")
+    said = run(reproduced, *collect)
     assert str(left.relative_to(reproduced)) in said
     assert "1 sealed stages or leftovers" in said
+    assert "1 objects of DVC's cache that no pointer or commit names" in said
     assert "nothing was deleted" in said
     assert left.exists()
-    run(reproduced, "python", "-m", "flows", "gc", "--days", "0", "--delete")
-    assert sorted((reproduced / ".fscil" / "stages").glob("*/*")) == [p for p in stages if p != left]
+    assert orphan.exists()
+    run(reproduced, *collect, "--delete")
+    assert sorted((reproduced / ".fscil" / "stages").glob("*/*")) == stages
+    assert not orphan.exists()
+    pointers = [*(reproduced / "runs").rglob("*.dvc"), reproduced / "data.dvc"]
+    assert [fault for pointer in pointers for fault in not_kept(pointer.with_suffix(""))] == []
     assert ran(run(reproduced, "dvc", "repro")) == []
 
 
@@ -298,7 +311,7 @@ def test_no_table_is_made_of_runs_that_are_others(reproduced: Path, monkeypatch:
     profile, reports = read_profile(reproduced / "params.yaml"), reproduced / "reports"
     refuse_other_runs(profile, reproduced / "runs", reports)
     with pytest.raises(
-        ConfigError, match=r"nowhere/digits/finetune/seed-0, .*fixed_sd.*: not what `dvc repro` ran, or gone"
+        ConfigError, match=r"nowhere/digits/finetune/seed-0, .*guided.*: not what `dvc repro` ran, or gone"
     ):
         refuse_other_runs(profile, reproduced / "nowhere", reports)
     record = reproduced / "runs" / "digits" / "finetune" / "seed-0" / "experiment.json"
