@@ -21,6 +21,10 @@ SPINS = "5000"
 """How long a thread of torch waits busily for the others. By default so long that two runs on one machine, whose
 threads wait for some that the other run's keep from working, take thirty times as long; alone it makes no difference."""
 
+REQUEST_S = "10"
+"""What Prefect's client waits for each answer, six times in all. By default so long, a minute, that a run whose server
+hangs ends after a quarter of an hour."""
+
 console = Console(stderr=True)
 
 
@@ -59,6 +63,7 @@ def quieten(prefect_level: str = "WARNING") -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", prefect_level)
+    os.environ.setdefault("PREFECT_API_REQUEST_TIMEOUT", REQUEST_S)
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
