@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tasks.disk import DiskError, writing
 from tasks.text import readable
 from tasks.whereabouts import with_place
 
@@ -57,7 +58,11 @@ def speak_plainly() -> None:
 
 
 def quieten(prefect_level: str = "WARNING") -> None:
-    """Settings that Prefect, MLflow, diffusers, transformers and torch read when they are imported."""
+    """Settings that Prefect, MLflow, diffusers, transformers and torch read when they are imported.
+
+    Raises:
+        DiskError: Prefect's folder cannot be made.
+    """
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -70,7 +75,22 @@ def quieten(prefect_level: str = "WARNING") -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     if "prefect" not in sys.modules:
         home = os.environ.setdefault("PREFECT_HOME", str(Path(".fscil/prefect").resolve()))
-        Path(home).mkdir(parents=True, exist_ok=True)
+        with in_prefect_home(Path(home)):
+            Path(home).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def in_prefect_home(home: Path) -> Iterator[None]:
+    """Let the disk's errors of a block that writes to Prefect's folder say what to do, and what names the folder.
+
+    Raises:
+        DiskError: the disk is full, fails or is read-only.
+    """
+    try:
+        with writing(home):
+            yield
+    except DiskError as error:
+        raise DiskError(f"{error} (PREFECT_HOME names Prefect's)") from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from flows.cli import console, failures_told_once, known_errors
+from flows.cli import console, failures_told_once, in_prefect_home, known_errors
 from flows.server_lost import told_if_lost
 from tasks.secrets import credentials_in
 
@@ -49,9 +49,10 @@ def prefect_server() -> Iterator[None]:
     Raises:
         ValueError: the settings' address holds a password or key.
         ServerError: it did not start.
+        DiskError: Prefect's folder cannot be written to.
         ServerLostError: it does not answer any more.
     """
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
     url = prefect_url()
     quick = temporary_settings(set_defaults={HEARTBEATS: None})
@@ -67,9 +68,7 @@ def prefect_server() -> Iterator[None]:
     from prefect.logging.handlers import APILogWorker
 
     with temporary_settings({PREFECT_API_URL: None}), tempfile.TemporaryFile() as said:
-        settings = get_current_settings().to_environment_variables(exclude_unset=True)
-        with FileLock(PREFECT_HOME.value() / "starting.lock"):  # of two that make the database one would fail
-            process, address = _start(settings, said)
+        process, address = _start_in_turn(said)
         try:
             with (
                 temporary_settings({PREFECT_API_URL: f"{address}/api"}, {HEARTBEATS: None}),
@@ -84,15 +83,13 @@ def prefect_server() -> Iterator[None]:
 
 def keep_server(stack: ExitStack) -> None:
     """Run a server for as long as this process and those that it forks live, where none listens already."""
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
     if (url := prefect_url()) and _answers(url):
         return
     said = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
     with temporary_settings({PREFECT_API_URL: None}):
-        settings = get_current_settings().to_environment_variables(exclude_unset=True)
-        with FileLock(PREFECT_HOME.value() / "starting.lock"):
-            process, address = _start(settings, said)
+        process, address = _start_in_turn(said)
     stack.callback(_stop, process)
     stack.enter_context(temporary_settings({PREFECT_API_URL: f"{address}/api"}))
 
@@ -149,6 +146,15 @@ def _may_listen(url: str) -> bool:
             return True
     except OSError:
         return False
+
+
+def _start_in_turn(said: IO[bytes]) -> tuple[subprocess.Popen[bytes], str]:
+    """Of two that make the database at once one would fail."""
+    from prefect.settings import PREFECT_HOME, get_current_settings
+
+    home = PREFECT_HOME.value()
+    with in_prefect_home(home), FileLock(home / "starting.lock"):
+        return _start(get_current_settings().to_environment_variables(exclude_unset=True), said)
 
 
 def _start(settings: Mapping[str, str], said: IO[bytes]) -> tuple[subprocess.Popen[bytes], str]:

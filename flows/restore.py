@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from flows.lineage import read_record
+from tasks.disk import Lock
 from tasks.records import AugmentationSet, Digest, EpochRecord, Frozen, SessionRecord, StageRecord
 from tasks.store import StoreError, remove
 from tasks.tracked import STAGES
@@ -155,7 +156,7 @@ def collect_garbage(found: Garbage, runs: Path, state: Path) -> None:
 
 def _refuse_while_running(state: Path) -> None:
     for path in sorted((state / "locks").glob("*.lock")):
-        lock = FileLock(path, timeout=0)
+        lock = Lock(path, timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
