@@ -65,7 +65,8 @@ def restore(what: str, runs: Path, to: Path | None = None) -> Restored:
         raise StoreError(
             f"{pointer.folder} was kept without {part!r}; it has {_tops(e.relpath for e in whole)}"
         )
-    return Restored(target=target, files=len(entries), put=versions.restore(entries, target))
+    put = versions.restore(entries, target, to or pointer.folder)
+    return Restored(target=target, files=len(entries), put=put)
 
 
 def bring_back(path: Path) -> bool:
