@@ -56,7 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0 if arguments else EXIT_USAGE
-    quieten("CRITICAL" if arguments[0] == "replay" else "WARNING")  # what a replay finds is its output
+    try:
+        quieten("CRITICAL" if arguments[0] == "replay" else "WARNING")  # what a replay finds is its output
+    except OSError as error:
+        return fail(error, EXIT_USAGE)
     commands = {"replay": _replay, "trace": _trace, "report": _report, "study": _study, "windows": _windows}
     commands |= {"learners": _learners, "up": _up, "down": _down}
     commands |= {"data": data, "settings": settings, "cell": cell, "profile": profile}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tasks.disk import DiskError, writing
 from tasks.text import readable
 from tasks.whereabouts import with_place
 
@@ -20,6 +21,10 @@ ERROR_CHARS = 8000
 SPINS = "5000"
 """How long a thread of torch waits busily for the others. By default so long that two runs on one machine, whose
 threads wait for some that the other run's keep from working, take thirty times as long; alone it makes no difference."""
+
+REQUEST_S = "10"
+"""What Prefect's client waits for each answer, six times in all. By default so long, a minute, that a run whose server
+hangs ends after a quarter of an hour."""
 
 console = Console(stderr=True)
 
@@ -53,19 +58,39 @@ def speak_plainly() -> None:
 
 
 def quieten(prefect_level: str = "WARNING") -> None:
-    """Settings that Prefect, MLflow, diffusers, transformers and torch read when they are imported."""
+    """Settings that Prefect, MLflow, diffusers, transformers and torch read when they are imported.
+
+    Raises:
+        DiskError: Prefect's folder cannot be made.
+    """
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", prefect_level)
+    os.environ.setdefault("PREFECT_API_REQUEST_TIMEOUT", REQUEST_S)
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     if "prefect" not in sys.modules:
         home = os.environ.setdefault("PREFECT_HOME", str(Path(".fscil/prefect").resolve()))
-        Path(home).mkdir(parents=True, exist_ok=True)
+        with in_prefect_home(Path(home)):
+            Path(home).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def in_prefect_home(home: Path) -> Iterator[None]:
+    """Let the disk's errors of a block that writes to Prefect's folder say what to do, and what names the folder.
+
+    Raises:
+        DiskError: the disk is full, fails or is read-only.
+    """
+    try:
+        with writing(home):
+            yield
+    except DiskError as error:
+        raise DiskError(f"{error} (PREFECT_HOME names Prefect's)") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A Prefect server for as long as one command works, where none listens already.
+"""A Prefect server for as long as one command works, where none answers already.
 
 It is a process in a session of its own, so that a Ctrl-C in the terminal reaches the command alone, which then still
 has someone to tell how its runs ended. It ends when its standard input does, and so with the command, even if that is
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from flows.cli import console, failures_told_once, known_errors
+from flows.cli import console, failures_told_once, in_prefect_home, known_errors
 from flows.server_lost import told_if_lost
 from tasks.secrets import credentials_in
 
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 HOST = "127.0.0.1"
+HERE = (HOST, "localhost", "::1")
 START_S, STOP_S, LOGS_S = 180, 5, 5
+CONNECT_S, HEALTH_S = 1, 3
+GUARDED = (401, 403)
+"""What a proxy or Prefect Cloud answers who may not ask; Prefect's own server tells its health to anybody."""
 HEARTBEATS = "flows.heartbeat_frequency"
 """Each flow that sends them waits up to a second at its end; deployments, which a worker starts, send them."""
 
@@ -37,21 +41,22 @@ class ServerError(OSError):
 
 @contextmanager
 def prefect_server() -> Iterator[None]:
-    """Use the Prefect server of the settings if it listens; else run one for as long as the block lasts.
+    """Use the Prefect server of the settings if it answers; else run one for as long as the block lasts.
 
-    What fails meanwhile is told on the terminal by the command, not by Prefect. A server that the environment
-    names and that does not listen is told of.
+    What fails meanwhile is told on the terminal by the command, not by Prefect. An address that the environment
+    names and where no Prefect server answers is told of.
 
     Raises:
         ValueError: the settings' address holds a password or key.
         ServerError: it did not start.
+        DiskError: Prefect's folder cannot be written to.
         ServerLostError: it does not answer any more.
     """
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
     url = prefect_url()
     quick = temporary_settings(set_defaults={HEARTBEATS: None})
-    if url and _listens(url):
+    if url and _answers(url):
         with quick, failures_told_once(), told_if_lost(url, known_errors):
             yield
         return
@@ -63,9 +68,7 @@ def prefect_server() -> Iterator[None]:
     from prefect.logging.handlers import APILogWorker
 
     with temporary_settings({PREFECT_API_URL: None}), tempfile.TemporaryFile() as said:
-        settings = get_current_settings().to_environment_variables(exclude_unset=True)
-        with FileLock(PREFECT_HOME.value() / "starting.lock"):  # of two that make the database one would fail
-            process, address = _start(settings, said)
+        process, address = _start_in_turn(said)
         try:
             with (
                 temporary_settings({PREFECT_API_URL: f"{address}/api"}, {HEARTBEATS: None}),
@@ -80,15 +83,13 @@ def prefect_server() -> Iterator[None]:
 
 def keep_server(stack: ExitStack) -> None:
     """Run a server for as long as this process and those that it forks live, where none listens already."""
-    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    if (url := prefect_url()) and _listens(url):
+    if (url := prefect_url()) and _answers(url):
         return
     said = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
     with temporary_settings({PREFECT_API_URL: None}):
-        settings = get_current_settings().to_environment_variables(exclude_unset=True)
-        with FileLock(PREFECT_HOME.value() / "starting.lock"):
-            process, address = _start(settings, said)
+        process, address = _start_in_turn(said)
     stack.callback(_stop, process)
     stack.enter_context(temporary_settings({PREFECT_API_URL: f"{address}/api"}))
 
@@ -110,13 +111,50 @@ def prefect_url() -> str | None:
     return url
 
 
-def _listens(url: str) -> bool:
-    parts = urlsplit(url)
+def _answers(url: str) -> bool:
+    """Whether Prefect is at the settings' address: it says that it is well, or somebody before it asks who comes.
+
+    It is asked as Prefect's client will ask, with the settings' keys, certificates and proxies.
+    """
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, PREFECT_CLOUD_API_URL, temporary_settings
+
+    if not _may_listen(url):
+        return False
+    patience = {"timeout": httpx.Timeout(HEALTH_S, connect=CONNECT_S)}
+    cloud = url.startswith(PREFECT_CLOUD_API_URL.value())
+    once = temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0})
     try:
-        with socket.create_connection((parts.hostname or HOST, parts.port or 80), timeout=0.5):
+        with once, get_client(patience, sync_client=True) as client:
+            reply = client.request("GET", "/health")
+            return cloud or reply.json() is True
+    except httpx.HTTPStatusError as refused:
+        return cloud or refused.response.status_code in GUARDED
+    except (httpx.HTTPError, ValueError):
+        return False
+
+
+def _may_listen(url: str) -> bool:
+    """False where this machine itself refuses at once; Prefect's client would try for two seconds."""
+    parts = urlsplit(url)
+    if parts.hostname not in HERE:
+        return True
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        with socket.create_connection((parts.hostname, port), timeout=CONNECT_S):
             return True
     except OSError:
         return False
+
+
+def _start_in_turn(said: IO[bytes]) -> tuple[subprocess.Popen[bytes], str]:
+    """Of two that make the database at once one would fail."""
+    from prefect.settings import PREFECT_HOME, get_current_settings
+
+    home = PREFECT_HOME.value()
+    with in_prefect_home(home), FileLock(home / "starting.lock"):
+        return _start(get_current_settings().to_environment_variables(exclude_unset=True), said)
 
 
 def _start(settings: Mapping[str, str], said: IO[bytes]) -> tuple[subprocess.Popen[bytes], str]:

@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from flows.lineage import read_record
+from tasks.disk import Lock
 from tasks.records import AugmentationSet, Digest, EpochRecord, Frozen, SessionRecord, StageRecord
 from tasks.store import StoreError, remove
 from tasks.tracked import STAGES
@@ -64,7 +65,8 @@ def restore(what: str, runs: Path, to: Path | None = None) -> Restored:
         raise StoreError(
             f"{pointer.folder} was kept without {part!r}; it has {_tops(e.relpath for e in whole)}"
         )
-    return Restored(target=target, files=len(entries), put=versions.restore(entries, target))
+    put = versions.restore(entries, target, to or pointer.folder)
+    return Restored(target=target, files=len(entries), put=put)
 
 
 def bring_back(path: Path) -> bool:
@@ -155,7 +157,7 @@ def collect_garbage(found: Garbage, runs: Path, state: Path) -> None:
 
 def _refuse_while_running(state: Path) -> None:
     for path in sorted((state / "locks").glob("*.lock")):
-        lock = FileLock(path, timeout=0)
+        lock = Lock(path, timeout=0)
         try:
             lock.acquire()
         except Timeout as error:

@@ -1,8 +1,9 @@
 """A Prefect server that does not answer any more, and what becomes of the run.
 
 Prefect's client tries again for about a minute (PREFECT_CLIENT_MAX_RETRIES), so a server may be started again under a
-run. After that a flow has nobody to tell its state, and the command ends with one sentence. Nothing of a run lives in
-Prefect alone: what was sealed is sealed, and the same command goes on, on a server of its own where none listens.
+run; where one hangs, each try takes PREFECT_API_REQUEST_TIMEOUT besides. After that a flow has nobody to tell its state,
+and the command ends with one sentence. Nothing of a run lives in Prefect alone: what was sealed is sealed, and the same
+command goes on, on a server of its own where none answers.
 Pages, tags and progress are extras: one that Prefect does not take is a warning. So are events: Prefect tries each for
 seconds, before the process may end, so those that a lost server has not got are dropped.
 """

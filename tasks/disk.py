@@ -5,10 +5,14 @@ Libraries say it in different ways: an ``OSError`` with a number, with or withou
 """
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Self
+
+from filelock import AcquireReturnProxy, FileLock
 
 _GO_ON = "what is sealed is whole, and the same command goes on from there"
 _ROOM = {
@@ -44,7 +48,7 @@ def sentence_of(error: Exception, folder: Path | None = None) -> str | None:
     named = Path(name) if isinstance(name, str) else None
     if number in _ROOM and (place := named.parent if named else folder) is not None:
         return f"{place} {_ROOM[number]}"
-    if number in _REFUSED and (place := named or folder) is not None:
+    if number in _REFUSED and (place := _there(named) if named else folder) is not None:
         return f"{place} {_REFUSED[number]}"
     if number in _NO_FOLDER and named is not None:
         file = next((p for p in (named, *named.parents) if p.is_file()), None)
@@ -54,6 +58,19 @@ def sentence_of(error: Exception, folder: Path | None = None) -> str | None:
             else f"{file} is a file where a folder should be: move it or name another folder"
         )
     return None
+
+
+class Lock(FileLock):
+    """A file lock; where the disk refuses its file or folder, a :class:`DiskError` says what to do."""
+
+    def acquire(self, *args: Any, **kwargs: Any) -> AcquireReturnProxy[Self]:
+        """As filelock does.
+
+        Raises:
+            DiskError: the disk is full, fails or is read-only.
+        """
+        with writing(Path(self.lock_file).parent):
+            return super().acquire(*args, **kwargs)
 
 
 @contextmanager
@@ -69,6 +86,11 @@ def writing(folder: Path) -> Iterator[None]:
         if (said := sentence_of(error, folder)) is None:
             raise
         raise DiskError(said) from error
+
+
+def _there(path: Path) -> Path:
+    """A path, or the nearest folder of it that exists: what cannot be made has no owner and no mode."""
+    return next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), path)
 
 
 def _number(error: Exception) -> int | None:

@@ -30,10 +30,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from pydantic import BaseModel
 
-from tasks.disk import writing
+from tasks.disk import Lock, writing
 from tasks.memory import PeakMemory
 from tasks.records import ArtifactKind, ArtifactRef, Digest, Frozen, Output, StageRecord
 from tasks.whereabouts import inside
@@ -401,25 +401,25 @@ class Store:
         write_atomic(work / "record.json", text)
 
     def _lock_path(self, name: str) -> Path:
-        folder = self.root / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
+        return self.root / "locks" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock"
 
-    def lock(self, name: str) -> FileLock:
+    def lock(self, name: str) -> Lock:
         """A lock that those who share this store wait for; the kernel frees it when its holder dies."""
-        return FileLock(self._lock_path(name))
+        return Lock(self._lock_path(name))
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """An empty folder for as long as the block lasts; one that a kill leaves is removed by the next that asks.
 
         Whose block still runs is told by locks, not by process ids, which containers that share a store do not share.
+
+        Raises:
+            DiskError: the disk is full, fails or is read-only.
         """
         folder = self.root / "tmp" / f"{uuid.uuid4().hex}.tmp"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder.with_suffix(".lock"))
+        held = Lock(folder.with_suffix(".lock"))
         self.clear_scratch()
-        with self.lock("tmp"):  # nobody clears between these two
+        with writing(folder.parent), self.lock("tmp"):  # nobody clears between these two
             held.acquire()
             folder.mkdir()
         try:
@@ -433,15 +433,15 @@ class Store:
         """Remove the folders of :meth:`scratch` that no running block works in."""
         with self.lock("tmp"):
             for path in (self.root / "tmp").glob("*.lock"):
-                with suppress(Timeout, OSError), FileLock(path, timeout=0):  # what cannot go does no harm
+                with suppress(Timeout, OSError), Lock(path, timeout=0):  # what cannot go does no harm
                     remove(path.with_suffix(".tmp"))
                     path.unlink(missing_ok=True)
 
-    def run_lock(self, key: str) -> FileLock:
+    def run_lock(self, key: str) -> Lock:
         """The lock of one run key; the kernel frees it when its holder dies."""
-        return FileLock(self._lock_path(f"run-{key}"), timeout=0)
+        return Lock(self._lock_path(f"run-{key}"), timeout=0)
 
-    def track_lock(self, key: str) -> FileLock:
+    def track_lock(self, key: str) -> Lock:
         """The lock of one run key's runs in MLflow, held by the run itself and by who writes them again."""
         return self.lock(f"track-{key}")
 

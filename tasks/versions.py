@@ -11,6 +11,7 @@ cache and to reach a remote.
 """
 
 import json
+import logging
 import subprocess
 import sys
 from collections import defaultdict
@@ -28,6 +29,8 @@ from tasks.store import StoreError, digest_of, directory_object, link, write_ato
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
+
+log = logging.getLogger("fscil.versions")
 
 POINTER = ".dvc"
 _READ_ONLY = 0o444  # the mode by which DVC knows that an object was not changed
@@ -57,6 +60,7 @@ class Versions:
         """Args: repository: a folder with ``.dvc`` in it."""
         self.repository = repository
         self._known: dict[Path, tuple[_Stamp, Digest]] = {}
+        self._left_out: set[Path] = set()
 
     @classmethod
     def around(cls, folder: Path) -> "Versions | None":
@@ -69,6 +73,8 @@ class Versions:
     def keep(self, folder: Path, meta: Mapping[str, object]) -> Digest:
         """Keep a run's folder as it is now and point to it; what is kept already is not read again.
 
+        A link that leads out of the folder is left out with a warning: what it points to is somebody else's.
+
         Args:
             folder: the run's folder.
             meta: who made the run; written into the pointer, no part of the digest. Who only found it stays out.
@@ -79,7 +85,7 @@ class Versions:
         """
         entries, size = [], 0
         with writing(self._cache):
-            for file in _visible(folder):
+            for file in self._own(folder):
                 entry = Entry(md5=self._kept(file), relpath=file.relative_to(folder).as_posix())
                 entries.append(entry)
                 size += file.stat().st_size
@@ -116,6 +122,17 @@ class Versions:
             if done.returncode:
                 raise StoreError(f"`dvc commit {pointer_of(folder)}` failed: {done.stderr.strip()}")
         return True
+
+    def _own(self, folder: Path) -> Iterator[Path]:
+        """The folder's visible files; `dvc checkout` may have made them links to the cache."""
+        homes = (folder.resolve(), self._cache.resolve())
+        for path in _visible(folder):
+            if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
+                if path not in self._left_out:
+                    log.warning("%s is a link that leads out of the run's folder; it is not kept", path)
+                self._left_out.add(path)
+            elif path.is_file():
+                yield path
 
     def _kept(self, file: Path) -> Digest:
         """The digest of a file that is in the cache from now on."""
@@ -193,20 +210,26 @@ class Versions:
                 "run `dvc push` where the run was made"
             )
 
-    def restore(self, entries: Iterable[Entry], folder: Path) -> int:
+    def restore(self, entries: Iterable[Entry], folder: Path, root: Path | None = None) -> int:
         """Put kept files into a folder, as links to the cache; files that are there and equal stay.
+
+        Args:
+            entries: what to put there.
+            folder: where their paths begin.
+            root: the folder that nothing is written outside of, whatever links are in it; None: ``folder``.
 
         Returns:
             How many were put there.
 
         Raises:
-            StoreError: an object is damaged or missing, or another file is in the way.
+            StoreError: an object is damaged or missing, another file is in the way, or a link leads out.
         """
         listed = list(entries)
         self.bring(entry.md5 for entry in listed)
         missing = []
         for entry in listed:
             target = folder / _inside(entry.relpath)
+            _refuse_way_out(target, root or folder)
             if not target.exists():
                 missing.append((entry, target))
             elif digest_of(target) != entry.md5:
@@ -290,9 +313,9 @@ def _damaged(kept: Path) -> StoreError:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """All files, but for what is being written."""
+    """All there is, but for what is being written."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path
 
 
@@ -301,6 +324,14 @@ def _inside(relpath: str) -> PurePosixPath:
     if path.is_absolute() or ".." in path.parts:
         raise StoreError(f"a kept folder names {relpath!r}, which lies outside of it")
     return path
+
+
+def _refuse_way_out(target: Path, root: Path) -> None:
+    """See that a link lets no file be written outside of a folder; a file that is there is not written."""
+    place = target.parent if target.exists() else target
+    if not place.resolve().is_relative_to(root.resolve()):
+        link = next((path for path in (place, *place.parents) if path.is_symlink()), place)
+        raise StoreError(f"{link} is a link that leads out of {root}; move it and restore again")
 
 
 @lru_cache(maxsize=8)

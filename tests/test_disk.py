@@ -168,6 +168,11 @@ def test_a_read_only_state_serves_what_is_sealed_elsewhere_and_refuses_new_work(
         disk.make_read_only(True)
         with pytest.raises(DiskError, match="is read-only: make it writable or name another folder"):
             sealed(store, 2)
+        for refused in (store.lock("mlflow"), store.run_lock("digits/guided/seed-0"), store.scratch()):
+            with pytest.raises(DiskError, match=f"^{disk.path}(/locks)? is read-only"), refused:
+                pass
+        with pytest.raises(DiskError, match=f"^{disk.path}(/locks)? is read-only"):
+            store.clear_scratch()
         export(store, artifacts_of(record), record, tmp_path / "epoch-000")
         assert digest_of(tmp_path / "epoch-000" / "weights") == record.output.file.digest
         disk.make_read_only(False)

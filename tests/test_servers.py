@@ -68,6 +68,16 @@ def test_waiting_threads_of_torch_leave_the_cores_to_other_runs(
     assert _quiet()["GOMP_SPINCOUNT"] == (own or "5000")
 
 
+@pytest.mark.parametrize("own", [None, "7"])
+def test_a_prefect_server_that_hangs_is_not_waited_for_a_minute_each_time(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_REQUEST_TIMEOUT", raising=False)
+    if own:
+        monkeypatch.setenv("PREFECT_API_REQUEST_TIMEOUT", own)
+    assert _quiet()["PREFECT_API_REQUEST_TIMEOUT"] == (own or "10")
+
+
 def _quiet() -> dict[str, str]:
     """The environment after :func:`quieten`, in a process of its own, for libraries read it once."""
     code = "import json, os; from flows.cli import quieten; quieten(); print(json.dumps(dict(os.environ)))"

@@ -2,12 +2,9 @@
 
 import logging
 import shutil
-import socket
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from tasks.tracking import Tracker, TrackingError
 from tasks.tracking_runs import TrackingSettings, open_client
 from tasks.vlm.transport import VlmError
 from tests.helpers import PROVENANCE, FabricatedRun, fabricate_run
+from tests.strangers import nobody, silent, somebody_else
 from tests.test_tracking import Seen, settings_at, tell
 
 PARENT = "mlflow.parentRunId"
@@ -119,37 +117,6 @@ def calm(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> tupl
 
 
 # ------------------------------------------------------------------------------------------ ways to be unreachable
-
-
-@contextmanager
-def nobody(root: Path) -> Iterator[str]:
-    yield "http://127.0.0.1:9"
-
-
-@contextmanager
-def silent(root: Path) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-
-@contextmanager
-def somebody_else(root: Path) -> Iterator[str]:
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"<html>It works!</html>")
-
-        do_POST = do_GET
-
-        def log_message(self, *args: object) -> None:
-            return
-
-    server = HTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
 
 
 @contextmanager

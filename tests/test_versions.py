@@ -189,6 +189,63 @@ def test_a_listing_cannot_write_outside_of_its_folder(here: Path, tmp_path: Path
             versions.restore([entry.model_copy(update={"relpath": name})], tmp_path / "in")
 
 
+def test_a_link_that_leads_out_of_a_run_is_left_out_and_told_of_once(
+    here: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_in(here, **EPOCHS)
+    (tmp_path / "secret").write_text("of somebody else")
+    (run / "note").symlink_to(tmp_path / "secret")
+    (run / "folder").symlink_to(tmp_path)
+    (run / "again").symlink_to(run / "config")
+    versions = Versions.around(run)
+    assert versions is not None
+    first = versions.keep(run, {})
+    assert versions.keep(run, {}) == first
+    assert {entry.relpath for entry in versions.entries(first)} == {
+        *(name.replace("__", "/") for name in EPOCHS),
+        "again",
+    }
+    kept = [p.read_text() for p in (here / ".dvc" / "cache").rglob("*") if p.is_file()]
+    assert "of somebody else" not in kept
+    said = [record.getMessage() for record in caplog.records if record.name == "fscil.versions"]
+    assert [line.split(" is a link that leads out")[0] for line in said] == [
+        str(run / "folder"),
+        str(run / "note"),
+    ]
+
+
+def test_links_to_the_cache_are_the_runs_own(here: Path) -> None:
+    """`dvc checkout` makes them where ``cache.type`` is ``symlink``."""
+    run = run_in(here, config="{}")
+    versions = Versions.around(run)
+    assert versions is not None
+    digest = versions.keep(run, {})
+    (kept,) = (p for p in (here / ".dvc" / "cache").rglob("*") if p.is_file() and p.samefile(run / "config"))
+    (run / "config").unlink()
+    (run / "config").symlink_to(kept)
+    assert versions.keep(run, {}) == digest
+    assert versions.restore(versions.entries(digest), run) == 0
+
+
+@pytest.mark.parametrize("name", ["session-00", "session-00/epoch-000/adapter", "config"])
+def test_a_link_in_the_folder_lets_nothing_be_restored_outside(here: Path, tmp_path: Path, name: str) -> None:
+    run = run_in(here, **EPOCHS)
+    versions = Versions.around(run)
+    assert versions is not None
+    entries = versions.entries(versions.keep(run, {}))
+    target, elsewhere = tmp_path / "again", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (target / name).parent.mkdir(parents=True)
+    (target / name).symlink_to(elsewhere if "/" in name or "-" in name else elsewhere / "nothing")
+    with pytest.raises(StoreError, match=rf"again/{name} is a link that leads out of .*again; move it"):
+        versions.restore(entries, target)
+    part = below(entries, "session-00/epoch-000")
+    if name == "session-00":
+        with pytest.raises(StoreError, match="session-00 is a link that leads out"):
+            versions.restore(part, target / "session-00" / "epoch-000", target)
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_a_file_that_is_no_pointer(tmp_path: Path) -> None:
     path = tmp_path / "seed-0.dvc"
     path.write_text("outs: []\n")

@@ -177,6 +177,19 @@ def test_divergence_is_refused_with_the_update(build: Build) -> None:
         tune(generator, [bad], SETTINGS, steps_rule="guided", seed=0)
 
 
+def test_an_exploding_gradient_is_recorded_as_it_was_and_applied_within_the_clip(build: Build) -> None:
+    generator = build()
+    examples = [example(generator, n) for n in range(2)]
+    parameters = generator.begin_tuning(4, 4, seed=0)
+    awaken(parameters, 0.02)
+    settings = SETTINGS.model_copy(update={"updates": 1, "beta_p": 1e6, "clip": 0.5})
+    series = tune(generator, examples, settings, steps_rule="guided", seed=0).series
+    assert series["grad_norm"][0] > 100 * settings.clip
+    applied = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+    assert float(applied) == pytest.approx(settings.clip, rel=1e-3)
+    assert float(applied) <= settings.clip * (1 + 1e-6)
+
+
 def test_no_example_is_refused(build: Build) -> None:
     with pytest.raises(ValueError, match="at least one example"):
         tune(build(), [], SETTINGS, steps_rule="guided", seed=0)

@@ -1,4 +1,5 @@
-"""A whole experiment whose disk is full at each stage in turn, at sealing, exporting and while MLflow is written.
+"""A whole experiment whose disk is full at each stage in turn, at sealing, exporting and while MLflow is written;
+and folders that are read-only from the beginning.
 
 Each time it ends with a sentence, and with space made the same call goes on; what it ends with equals an undisturbed run.
 """
@@ -18,7 +19,7 @@ from tasks.disk import DiskError
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.vlm.cache import CachedClient
-from tests.conftest import ROOT, Place
+from tests.conftest import QUICK, ROOT, Place
 from tests.crowd import runs_in, twice
 from tests.small_disk import SmallDisk, small_disk
 from tests.storm import leftovers
@@ -120,3 +121,37 @@ def test_the_disk_of_prefects_database_fills_in_the_middle_and_is_named(
         assert again.returncode == 0, again.stdout + again.stderr
     assert place.files("guided") == finished.files("guided")
     assert runs_in(place) == runs_in(finished)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "remedy"),
+    [
+        ("cwd", 2, "name another folder (PREFECT_HOME names Prefect's)"),
+        ("home", 1, "name another folder (PREFECT_HOME names Prefect's)"),
+        ("state", 2, "name another folder"),
+    ],
+)
+def test_a_read_only_folder_is_one_sentence_with_the_remedy(
+    name: str, code: int, remedy: str, tmp_path: Path, digits: Path
+) -> None:
+    with small_disk(tmp_path / "disk", 64) as disk:
+        places = {one: tmp_path / one for one in ("cwd", "home", "state")}
+        places[name] = disk.path / name
+        for folder in places.values():
+            folder.mkdir()
+        disk.make_read_only(True)
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+        kept |= {"PYTHONPATH": str(ROOT), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+        kept |= {} if name == "cwd" else {"PREFECT_HOME": str(places["home"])}
+        chosen = [f"runtime.state={places['state']}", f"runtime.runs={tmp_path / 'runs'}"]
+        command = [sys.executable, "-m", "flows", "dataset=digits", "method=finetune", *QUICK, *chosen]
+        done = subprocess.run(
+            [*command, "tracking=off", f"dataset.root={digits}"],
+            cwd=places["cwd"] if name == "cwd" else ROOT, env=kept, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error: ")
+    assert f"{places[name]}" in said
+    assert f" is read-only: make it writable or {remedy}" in said
+    assert "Traceback" not in done.stderr

@@ -4,8 +4,9 @@ import logging
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -13,7 +14,13 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from prefect.events.worker import EventsWorker
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import (
+    PREFECT_API_REQUEST_TIMEOUT,
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    PREFECT_CLOUD_API_URL,
+    temporary_settings,
+)
 
 from flows import experiment, own_server, progress, session
 from flows.__main__ import main
@@ -22,17 +29,18 @@ from flows.experiment import fscil
 from flows.server_lost import ServerLostError, extra, told_if_lost
 from tasks.vlm.transport import VlmError
 from tests.conftest import Place
+from tests.strangers import answering, nobody, silent, somebody_else
 
 
 class Line:
-    """A way to a server that can be cut: what is sent on the way is carried both ways until then."""
+    """A way to a server that can be cut or held up: what is sent is carried both ways until then."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         self._to = (parts.hostname or "127.0.0.1", parts.port or 80)
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = []
-        self._whole = True
+        self._whole, self._flows = True, True
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}{parts.path}"
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -46,6 +54,10 @@ class Line:
         for one in self._open:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+    def hold_up(self, *_: object) -> None:
+        """From now on whoever asks is heard and waits for an answer."""
+        self._flows = False
 
     def _accept(self) -> None:
         while self._whole:
@@ -61,7 +73,8 @@ class Line:
     def _carry(self, here: socket.socket, there: socket.socket) -> None:
         with suppress(OSError):
             while data := here.recv(2**16):
-                there.sendall(data)
+                if self._flows:
+                    there.sendall(data)
         with suppress(OSError):
             there.shutdown(socket.SHUT_RDWR)
 
@@ -70,15 +83,24 @@ class Line:
 def on(line: Line) -> Iterator[None]:
     """As a command does, with a server that listens at the other end of a line."""
     with (
-        temporary_settings({PREFECT_API_URL: line.url, PREFECT_CLIENT_MAX_RETRIES: 1}),
+        temporary_settings(
+            {PREFECT_API_URL: line.url, PREFECT_CLIENT_MAX_RETRIES: 1, PREFECT_API_REQUEST_TIMEOUT: 5}
+        ),
         own_server.prefect_server(),
     ):
         yield
 
 
-@pytest.mark.parametrize("moment", ["start", "middle", "end"])
-def test_a_server_that_dies_ends_the_run_in_one_sentence_and_nothing_is_lost(
-    moment: str, finished: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("moment", "lose"),
+    [("start", Line.cut), ("middle", Line.cut), ("end", Line.cut), ("middle", Line.hold_up)],
+)
+def test_a_server_that_dies_or_hangs_ends_the_run_in_one_sentence_and_nothing_is_lost(
+    moment: str,
+    lose: Callable[[Line], None],
+    finished: Place,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     place = Place(tmp_path)
     shutil.copytree(finished.root / "state", tmp_path / "state")
@@ -92,7 +114,7 @@ def test_a_server_that_dies_ends_the_run_in_one_sentence_and_nothing_is_lost(
     real = getattr(module, name)
 
     def dying(*given: object) -> None:
-        line.cut()
+        lose(line)
         real(*given)
 
     with monkeypatch.context() as patched:
@@ -183,8 +205,11 @@ def test_other_errors_stay_as_they_are() -> None:
         raise RuntimeError("out of memory")
 
 
-def test_an_address_where_nobody_listens_is_told_and_a_server_of_its_own_is_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize("way", [nobody, silent, somebody_else])
+def test_an_address_where_no_prefect_answers_is_told_and_a_server_of_its_own_is_run(
+    way: Callable[[], AbstractContextManager[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     started: list[object] = []
 
@@ -194,15 +219,42 @@ def test_an_address_where_nobody_listens_is_told_and_a_server_of_its_own_is_run(
 
     monkeypatch.setattr(own_server, "_start", start)
     monkeypatch.setattr(own_server, "_stop", lambda _process: None)
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
-    with (
-        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}),
-        own_server.prefect_server(),
-    ):
-        assert PREFECT_API_URL.value() == "http://127.0.0.1:2/api"
+    began = time.monotonic()
+    with way() as address:
+        url = f"{address}/api"
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        with temporary_settings({PREFECT_API_URL: url}), own_server.prefect_server():
+            assert PREFECT_API_URL.value() == "http://127.0.0.1:2/api"
     said = capsys.readouterr().err
-    assert said == "no Prefect server listens at http://127.0.0.1:1/api; this command runs one of its own\n"
+    assert said == f"no Prefect server listens at {url}; this command runs one of its own\n"
     assert len(started) == 1
+    assert time.monotonic() - began < 15, "a server that hangs is not waited for"
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "is_prefect"),
+    [
+        (200, b"true", True),
+        (401, b"who are you?", True),
+        (403, b"{}", True),
+        (200, b'"true"', False),
+        (404, b"true", False),
+        (502, b"", False),
+    ],
+)
+def test_prefect_is_known_by_its_health_or_by_who_guards_it(
+    status: int, said: bytes, is_prefect: bool
+) -> None:
+    with answering(status, said) as url, temporary_settings({PREFECT_API_URL: url}):
+        assert own_server._answers(url) == is_prefect
+
+
+def test_prefects_cloud_is_taken_for_what_its_address_says() -> None:
+    with (
+        answering(404, b"") as url,
+        temporary_settings({PREFECT_API_URL: url, PREFECT_CLOUD_API_URL: url}),
+    ):
+        assert own_server._answers(url)
 
 
 def test_events_that_cannot_be_sent_are_told_of_once() -> None:
