@@ -120,11 +120,11 @@ def test_a_poisoned_test_split_changes_no_weight_no_prompt_and_no_image(
     fscil("digits", "guided", 0, poisoned.overrides())
 
     def learned(place: Place) -> dict[str, str]:
-        tested = ("test", "record.json", "experiment.json")
+        tested = ("record.json", "experiment.json", "inputs.json")  # the last has the digest of all data
         return {
             name: digest
             for name, digest in place.files("guided").items()
-            if not (name.split("/")[-1] in tested[1:] and "epoch" not in name) and "/test/" not in name
+            if not (name.split("/")[-1] in tested and "epoch" not in name) and "/test/" not in name
         }
 
     assert learned(poisoned) == learned(finished)

@@ -243,7 +243,7 @@ def test_what_nothing_names_is_shown_before_it_goes(reproduced: Path) -> None:
     said = run(reproduced, *collect)
     assert str(left.relative_to(reproduced)) in said
     assert "1 sealed stages or leftovers" in said
-    assert "1 objects of DVC's cache that no pointer or commit names" in said
+    assert "1 objects of DVC's cache that no pointer, commit or experiment names" in said
     assert "nothing was deleted" in said
     assert left.exists()
     assert orphan.exists()
