@@ -314,9 +314,10 @@ def leftovers(place: Place) -> list[Path]:
     ] + list((place.root / "tmp").iterdir())
 
 
-def processes(place: Place) -> list[str]:
-    """Processes that still work in the place, ten seconds after the run ended."""
-    for _ in range(50):
+def processes(place: Place, patience_s: float = 10.0) -> list[str]:
+    """Processes that still work in the place, so many seconds after the run ended."""
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until:
         found = [p.parent.name for p in Path("/proc").glob("[0-9]*/environ") if _works_in(p, place.root)]
         if not found:
             return []

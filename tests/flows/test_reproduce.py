@@ -216,7 +216,9 @@ def test_a_reproduction_that_is_stopped_leaves_no_process_and_computes_nothing_t
         else:
             process.send_signal(number)
         assert process.wait(60) != 0
-        assert processes(Place(reproduced)) == []
+        began = time.monotonic()
+        assert processes(Place(reproduced), 60) == [], "its experiments end in order, then their server"
+        print(f"{number.name}: {time.monotonic() - began:.1f} s until all had ended")
         kept = sealed(state)
         assert f"experiment@digits-{METHODS[-1]}-{seed}" in ran(run(reproduced, "dvc", "repro"))
         assert kept.items() <= sealed(state).items()
@@ -281,7 +283,8 @@ def test_a_change_that_is_taken_back_leaves_the_runs_that_the_tables_show(reprod
 @pytest.mark.slow
 def test_the_figures_of_a_variation_stand_beside_those_of_the_commit(reproduced: Path) -> None:
     before = yaml.safe_load((reproduced / "params.yaml").read_text())
-    run(reproduced, "git", "commit", "--quiet", "--allow-empty", "--no-verify", "-am", "tables")
+    run(reproduced, "git", "add", "-A")
+    run(reproduced, "git", "commit", "--quiet", "--allow-empty", "--no-verify", "-m", "tables")
     varied = json.dumps([*before["overrides"], "learner.temperature=8"])
     try:
         run(
@@ -298,9 +301,10 @@ def test_the_figures_of_a_variation_stand_beside_those_of_the_commit(reproduced:
         )
         said = run(reproduced, "dvc", "metrics", "diff", "--json", "HEAD", "warmer")
         (table,) = json.loads(said.splitlines()[0]).values()
-        assert table["digits.finetune.A_base"]["old"] != table["digits.finetune.A_base"]["new"]
+        figures = table["digits.finetune.A_base"]
+        assert 0 < figures["old"] != figures["new"] > 0
         assert "learner.temperature=8" in run(reproduced, "dvc", "params", "diff", "HEAD", "warmer")
-        assert "error" not in run(reproduced, "dvc", "exp", "show", "--json")
+        assert '"error": {' not in run(reproduced, "dvc", "exp", "show", "--json")
         assert "index.html" in run(reproduced, "dvc", "plots", "diff", "HEAD", "warmer")
     finally:
         set_params(reproduced, **before)
