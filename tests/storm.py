@@ -306,12 +306,17 @@ def _damage(cache: Path, name: str) -> list[str]:
 
 
 def leftovers(place: Place) -> list[Path]:
-    """What is neither sealed nor a result."""
+    """What is neither sealed nor a result; torch makes a folder for its compiler in any process, and keeps it."""
+    temporary = (path for path in place.root.glob("tmp/*") if not path.name.startswith("torchinductor_"))
     return [
-        path
-        for path in place.root.rglob("*")
-        if path.name.endswith((".partial", ".tmp", ".damaged", "-journal")) and "prefect" not in path.parts
-    ] + list((place.root / "tmp").iterdir())
+        *temporary,
+        *(
+            path
+            for path in place.root.rglob("*")
+            if path.name.endswith((".partial", ".tmp", ".damaged", "-journal"))
+            and not {"prefect", "tmp"} & set(path.relative_to(place.root).parts[:1])
+        ),
+    ]
 
 
 def processes(place: Place, patience_s: float = 10.0) -> list[str]:
