@@ -216,9 +216,7 @@ def test_a_reproduction_that_is_stopped_leaves_no_process_and_computes_nothing_t
         else:
             process.send_signal(number)
         assert process.wait(60) != 0
-        began = time.monotonic()
         assert processes(Place(reproduced), 60) == [], "its experiments end in order, then their server"
-        print(f"{number.name}: {time.monotonic() - began:.1f} s until all had ended")
         kept = sealed(state)
         assert f"experiment@digits-{METHODS[-1]}-{seed}" in ran(run(reproduced, "dvc", "repro"))
         assert kept.items() <= sealed(state).items()
