@@ -83,7 +83,7 @@ down: $(STAMP) ## end what `make up` started
 
 .PHONY: test
 test: data ## the test suite, in JOBS processes of one thread
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-slow
 test-slow: data ## the tests that take minutes

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -342,9 +342,12 @@ def _inputs(config: ExperimentConfig, benchmark: Benchmark) -> dict[str, str]:
 
 def _refuse_other_inputs(folder: Path, now: Mapping[str, str], replace: bool) -> None:
     """See that data and weights are those that the folder was begun with: a flipped byte in one would go unseen."""
-    before: Mapping[str, object] = {}
-    with suppress(StoreError):  # none yet; or damaged, then it is written again
-        before = read_json(folder / "inputs.json")
+    before, file = {}, folder / "inputs.json"
+    if file.is_file():
+        try:
+            before = read_json(file)
+        except StoreError as error:
+            say(f"{error}; what the run was begun with is not known, and it is written again")
     known = before.keys() & now.keys()
     changed = differences({name: before[name] for name in known}, {name: now[name] for name in known})
     if changed and not replace:

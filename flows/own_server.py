@@ -16,10 +16,9 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from filelock import FileLock
-
 from flows.cli import console, failures_told_once, in_prefect_home, known_errors
 from flows.server_lost import told_if_lost
+from tasks.disk import Lock
 from tasks.secrets import credentials_in
 
 if TYPE_CHECKING:
@@ -153,7 +152,7 @@ def _start_in_turn(said: IO[bytes]) -> tuple[subprocess.Popen[bytes], str]:
     from prefect.settings import PREFECT_HOME, get_current_settings
 
     home = PREFECT_HOME.value()
-    with in_prefect_home(home), FileLock(home / "starting.lock"):
+    with in_prefect_home(home), Lock(home / "starting.lock"):
         return _start(get_current_settings().to_environment_variables(exclude_unset=True), said)
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from flows.cli import SPINS
+from flows.cli import REQUEST_S, SPINS
 
 PROJECT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
@@ -160,6 +160,7 @@ def environment_of(prefect_port: int, host: str = HOST) -> dict[str, str]:
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPINS),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PREFECT_API_REQUEST_TIMEOUT": os.environ.get("PREFECT_API_REQUEST_TIMEOUT", REQUEST_S),
         "PREFECT_API_URL": f"http://{_here(host)}:{prefect_port}/api",
         "PREFECT_HOME": str(PROJECT / ".fscil" / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from tasks.disk import Lock, writing
 from tasks.runtime import RuntimeSettings
 
 POLL_S = 1.0
@@ -26,6 +27,9 @@ def gpu_held(runtime: RuntimeSettings, say: Callable[[str], None]) -> Iterator[N
     Args:
         runtime: its device, and how many experiments may use one GPU.
         say: told one sentence if this one has to wait.
+
+    Raises:
+        DiskError: the user's cache cannot be written to.
     """
     device = runtime.torch_device
     if device.type != "cuda" or runtime.gpu_runs is None:
@@ -39,8 +43,9 @@ def gpu_held(runtime: RuntimeSettings, say: Callable[[str], None]) -> Iterator[N
 @contextmanager
 def slot_held(folder: Path, gpu: str, limit: int, name: str, say: Callable[[str], None]) -> Iterator[None]:
     """Hold one of a GPU's slots, the first that is or becomes free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    slots = [FileLock(folder / f"{gpu}-{number}.lock") for number in range(limit)]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    slots = [Lock(folder / f"{gpu}-{number}.lock") for number in range(limit)]
     waiting = False
     while (slot := _first_free(slots)) is None:
         if not waiting:
@@ -58,7 +63,7 @@ def slots_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fscil" / "gpus"
 
 
-def _first_free(slots: list[FileLock]) -> FileLock | None:
+def _first_free(slots: list[Lock]) -> Lock | None:
     for slot in slots:
         try:
             slot.acquire(blocking=False)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from filelock import FileLock
 from pydantic import ConfigDict, Field, field_validator
 
+from tasks.disk import Lock
 from tasks.records import Frozen
 from tasks.secrets import credentials_in
 from tasks.text import readable
@@ -222,7 +222,7 @@ def make_database(uri: str) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     begun = file.with_name(f".{file.name}.tmp")
-    with FileLock(lock := file.with_name(f".{file.name}.lock")):
+    with Lock(lock := file.with_name(f".{file.name}.lock")):
         if not file.exists():
             for left in file.parent.glob(f"{begun.name}*"):
                 left.unlink()

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
+from tasks.datasets.__main__ import main as write_data
 from tasks.disk import DiskError, sentence_of, writing
+from tasks.gpu import slot_held
 from tasks.records import ArtifactRef, Frozen, StageRecord
 from tasks.store import StageFolder, Store, artifacts_of, digest_of, export, write_atomic
+from tasks.tracking_runs import make_database
 from tasks.versions import Versions
 from tests.conftest import ROOT
 from tests.small_disk import small_disk
@@ -177,3 +180,20 @@ def test_a_read_only_state_serves_what_is_sealed_elsewhere_and_refuses_new_work(
         assert digest_of(tmp_path / "epoch-000" / "weights") == record.output.file.digest
         disk.make_read_only(False)
         assert sealed(store, 2).seed == 2
+
+
+def test_read_only_places_outside_of_the_state_are_named_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", 400) as disk:
+        disk.make_read_only(True)
+        refused = pytest.raises(
+            DiskError, match=f"^{disk.path} is read-only: make it writable or name another"
+        )
+        with refused, slot_held(disk.path / "gpus", "GPU-1", 1, "a GPU", print):
+            pass
+        with refused:
+            make_database(f"sqlite:///{disk.path}/mlflow.db")
+        for name in ("digits", "cub200"):
+            assert write_data([name, "--root", str(disk.path / name)]) == 1
+            assert capsys.readouterr().err.startswith(f"{disk.path} is read-only: make it writable")

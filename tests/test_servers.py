@@ -75,6 +75,7 @@ def test_a_prefect_server_that_hangs_is_not_waited_for_a_minute_each_time(
     monkeypatch.delenv("PREFECT_API_REQUEST_TIMEOUT", raising=False)
     if own:
         monkeypatch.setenv("PREFECT_API_REQUEST_TIMEOUT", own)
+    assert environment_of(4200)["PREFECT_API_REQUEST_TIMEOUT"] == (own or "10")
     assert _quiet()["PREFECT_API_REQUEST_TIMEOUT"] == (own or "10")
 
 

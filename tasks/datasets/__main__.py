@@ -9,6 +9,7 @@ from tasks.datasets import layouts
 from tasks.datasets.digits import write_digits
 from tasks.datasets.materialise import Origin, materialise
 from tasks.datasets.sources import SOURCES
+from tasks.disk import writing
 
 VERSION_IT = "`dvc add data` puts it under version control"
 
@@ -21,11 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.name == "digits" and any(origin):
         parser.error("digits are not fetched: they ship with the installed packages")
     try:
-        if parsed.name == "digits":
-            write_digits(parsed.root)
-        else:
-            materialise(parsed.name, parsed.root, origin, print)
-            print(VERSION_IT)
+        with writing(parsed.root):
+            if parsed.name == "digits":
+                write_digits(parsed.root)
+            else:
+                materialise(parsed.name, parsed.root, origin, print)
+                print(VERSION_IT)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from tasks.datasets.cifar import MEMBERS, write_cifar
 from tasks.datasets.download import fetch, file_digest, local_path, shown
@@ -24,6 +24,7 @@ from tasks.datasets.published import Place, count_pictures
 from tasks.datasets.settings import DatasetError
 from tasks.datasets.sources import SOURCES
 from tasks.datasets.unpack import unpack
+from tasks.disk import Lock
 from tasks.store import write_json
 
 STAMP = "source.json"
@@ -63,7 +64,7 @@ def materialise(name: str, root: Path, origin: Origin, say: Callable[[str], None
     scratch = _scratch(root)
     scratch.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(scratch / "lock", timeout=0):
+        with Lock(scratch / "lock", timeout=0):
             lists = _fetch_lists(name, scratch / "splits", origin)
             if _has_pictures(name, root, lists):
                 _adopt(name, root, lists, say)

@@ -108,7 +108,7 @@ def test_an_original_that_was_exchanged_is_refused_even_if_its_size_and_time_are
 
 @pytest.mark.parametrize("what", ["data", "generator"])
 def test_other_data_or_weights_than_those_a_run_began_with_are_refused_until_it_is_begun_anew(
-    finished: Place, tmp_path: Path, what: str
+    finished: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
     shutil.copytree(finished.root / "state", tmp_path / "state")
     shutil.copytree(finished.root / "runs", tmp_path / "runs")
@@ -124,4 +124,8 @@ def test_other_data_or_weights_than_those_a_run_began_with_are_refused_until_it_
     fscil("digits", "guided", 0, other)
     fscil("digits", "guided", 0, place.overrides("runtime.replace=true"))
     assert place.files("guided") == finished.files("guided")
+    begun = read_json(file)
+    halved(file)
     fscil("digits", "guided", 0, place.overrides())
+    assert f"cannotread{file}" in "".join(capsys.readouterr().err.split())
+    assert read_json(file) == begun
