@@ -4,11 +4,12 @@ A run is kept in DVC's cache after each epoch (tasks/versions.py). So runs/ may 
 images or an adapter comes back by its place or by its digest, from the cache or from DVC's remote.
 """
 
+import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from filelock import Timeout
@@ -55,6 +56,10 @@ def restore(what: str, runs: Path, to: Path | None = None) -> Restored:
     pointer, part = _by_digest(versions, what) if _DIGEST.fullmatch(what) else _by_place(what, runs)
     whole = versions.entries(pointer.digest)
     entries = below(whole, part)
+    if to is None and pointer.folder.is_symlink():
+        raise StoreError(
+            f"{pointer.folder} is a link, and nothing is restored through one: remove it, or give --to <folder>"
+        )
     target = to or pointer.folder / part
     if not entries and (entries := [entry for entry in whole if entry.relpath == part]):
         entries, target = (
@@ -83,7 +88,7 @@ def bring_back(path: Path) -> bool:
 
 
 def _by_place(what: str, runs: Path) -> tuple[Pointer, str]:
-    for place in (Path(what).resolve(), (runs / what).resolve()):
+    for place in (Path(os.path.abspath(what)), Path(os.path.abspath(runs / what))):
         for folder in (place, *list(place.parents)[:-1]):
             if pointer_of(folder).is_file():
                 part = place.relative_to(folder).as_posix()
@@ -134,7 +139,7 @@ def garbage(runs: Path, state: Path, days: float) -> Garbage:
     """What nothing names any more and was last written more than some days ago.
 
     Raises:
-        StoreError: a run is under way, whose stages are not named yet.
+        StoreError: a run is under way, whose stages are not named yet, or a link in ``runs`` points nowhere.
         ValueError: a record is damaged, so what it names is not known.
     """
     _refuse_while_running(state)
@@ -177,15 +182,57 @@ def _unnamed(runs: Path, state: Path, days: float) -> Iterator[Path]:
 
 def _stages_of(runs: Path) -> Iterator[StageRecord]:
     found: list[StageRecord | None] = []
-    for path in runs.glob("**/session-*/record.json"):
-        session = read_record(path, SessionRecord)
-        found += [session.initial, session.test]
-    for path in runs.glob("**/session-*/epoch-*/record.json"):
-        epoch = read_record(path, EpochRecord)
-        found += [getattr(epoch, stage) for stage in STAGES]
-    for path in runs.glob("**/session-*/initial/record.json"):
-        found.append(read_record(path, StageRecord[AugmentationSet]))
+    for folder in _folders(runs):
+        path, inside = folder / "record.json", folder.parent.name.startswith("session-")
+        if not path.is_file():
+            continue
+        if folder.name.startswith("session-"):
+            session = read_record(path, SessionRecord)
+            found += [session.initial, session.test]
+        elif inside and folder.name.startswith("epoch-"):
+            epoch = read_record(path, EpochRecord)
+            found += [getattr(epoch, stage) for stage in STAGES]
+        elif inside and folder.name == "initial":
+            found.append(read_record(path, StageRecord[AugmentationSet]))
     return (record for record in found if record is not None)
+
+
+def _folders(runs: Path) -> Iterator[Path]:
+    """All folders below one, through links too: runs may have been moved to another disk.
+
+    Raises:
+        StoreError: a link points nowhere, as where that disk is not mounted, so what it named is not known.
+        OSError: a folder may not be read.
+    """
+    seen = set()
+    for name, inner, files in os.walk(runs, followlinks=True, onerror=_unreadable(runs)):
+        folder, real = Path(name), os.path.realpath(name)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        for path in (folder / file for file in files):
+            if path.is_symlink() and not path.exists():
+                raise StoreError(
+                    f"{path} is a link that points nowhere, so what it named is not known and nothing can be deleted: "
+                    "mount what it points to, or remove it"
+                )
+        yield folder
+
+
+def _unreadable(runs: Path) -> Callable[[OSError], None]:
+    """What to do with a folder that cannot be listed: what it names is not known. Only the results may be missing."""
+
+    def refuse(error: OSError) -> None:
+        if runs.exists():
+            raise error
+
+    return refuse
+
+
+def _linked(runs: Path) -> Path | None:
+    """A link to a folder in the results, which DVC does not look through."""
+    return next((folder for folder in _folders(runs) if folder.is_symlink()), None)
 
 
 def _folder_of(record: StageRecord) -> str:
@@ -201,6 +248,8 @@ def _dvc_gc(runs: Path, *, dry: bool) -> str:
     versions = Versions.around(runs)
     if versions is None:
         return "no DVC repository around, so no cache"
+    if link := _linked(runs):
+        return f"DVC's cache stays as it is: {link} is a link, and what lies behind it DVC would take for unnamed"
     scope = [
         "--workspace",
         *(["--all-commits", "--all-experiments"] if (versions.repository / ".git").exists() else []),

@@ -12,6 +12,7 @@ cache and to reach a remote.
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -73,7 +74,8 @@ class Versions:
     def keep(self, folder: Path, meta: Mapping[str, object]) -> Digest:
         """Keep a run's folder as it is now and point to it; what is kept already is not read again.
 
-        A link that leads out of the folder is left out with a warning: what it points to is somebody else's.
+        A link that leads out of the folder, or to a folder, is left out with a warning: what it points to is somebody
+        else's, or kept already.
 
         Args:
             folder: the run's folder.
@@ -125,14 +127,19 @@ class Versions:
 
     def _own(self, folder: Path) -> Iterator[Path]:
         """The folder's visible files; `dvc checkout` may have made them links to the cache."""
-        homes = (folder.resolve(), self._cache.resolve())
+        homes = (_real(folder), _real(self._cache))
         for path in _visible(folder):
-            if path.is_symlink() and not any(path.resolve().is_relative_to(home) for home in homes):
-                if path not in self._left_out:
-                    log.warning("%s is a link that leads out of the run's folder; it is not kept", path)
-                self._left_out.add(path)
-            elif path.is_file():
+            if path.is_file() and (
+                not path.is_symlink() or any(_real(path).is_relative_to(home) for home in homes)
+            ):
                 yield path
+            elif path.is_symlink() and path not in self._left_out:
+                log.warning(
+                    "%s is a link that leads out of the run's folder, to a folder or to nothing; it is not kept, "
+                    "and DVC will find the folder changed for as long as it is there",
+                    path,
+                )
+                self._left_out.add(path)
 
     def _kept(self, file: Path) -> Digest:
         """The digest of a file that is in the cache from now on."""
@@ -329,9 +336,14 @@ def _inside(relpath: str) -> PurePosixPath:
 def _refuse_way_out(target: Path, root: Path) -> None:
     """See that a link lets no file be written outside of a folder; a file that is there is not written."""
     place = target.parent if target.exists() else target
-    if not place.resolve().is_relative_to(root.resolve()):
+    if not _real(place).is_relative_to(_real(root)):
         link = next((path for path in (place, *place.parents) if path.is_symlink()), place)
         raise StoreError(f"{link} is a link that leads out of {root}; move it and restore again")
+
+
+def _real(path: Path) -> Path:
+    """A path without links; one that links to itself stays, where ``resolve`` ends with an error."""
+    return Path(os.path.realpath(path))
 
 
 @lru_cache(maxsize=8)

@@ -63,6 +63,8 @@ def main(arguments: list[str]) -> int:
             break
     crowd.seconds = time.monotonic() - began
     crowd.faults += differences(place, Place(made(root / "alone")), seeds)
+    if never_begun(place) > crowd.ends["killed"]:
+        crowd.faults.append("Prefect has a run that never began")
     Console().print(table(crowd, len(seeds)))
     return int(bool(crowd.faults))
 
@@ -161,6 +163,15 @@ def twice(place: Place) -> list[tuple[str, str, int]]:
             "select run_uuid, key, step from metrics where key not like 'system/%' "
             "group by run_uuid, key, step having count(*) > 1"
         ).fetchall()
+
+
+def never_begun(place: Place) -> int:
+    """Prefect's flow runs that nobody went on with, as where a request was answered late and sent twice."""
+    with sqlite3.connect(f"file:{quote(str(place.root))}/prefect/prefect.db?mode=ro", uri=True) as database:
+        counted = database.execute(
+            "select count(*) from flow_run where state_type in ('SCHEDULED', 'PENDING')"
+        )
+        return int(counted.fetchone()[0])
 
 
 def sound(file: Path) -> bool:

@@ -3,7 +3,7 @@
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 
@@ -25,12 +25,14 @@ def somebody_else(*_: object) -> Iterator[str]:
 
 
 @contextmanager
-def answering(status: int, said: bytes) -> Iterator[str]:
-    """Somebody who answers whatever is asked with the same."""
+def answering(status: int, said: bytes, **headers: str) -> Iterator[str]:
+    """Somebody who answers whatever is asked with the same; ``_`` in a header's name stands for ``-``."""
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             self.wfile.write(said)
 
@@ -44,3 +46,22 @@ def answering(status: int, said: bytes) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
+
+
+@contextmanager
+def dripping(*_: object) -> Iterator[str]:
+    """Somebody whose answer never ends: a byte at a time, each soon enough for who waits for the next one."""
+    ended = threading.Event()
+
+    def drip(listening: socket.socket) -> None:
+        with suppress(OSError):
+            near, _ = listening.accept()
+            with near:
+                near.sendall(b"HTTP/1.1 200 OK\r\n")
+                while not ended.wait(0.05):
+                    near.sendall(b"X-More: 1\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=drip, args=(listening,), daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        ended.set()

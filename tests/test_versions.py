@@ -197,6 +197,8 @@ def test_a_link_that_leads_out_of_a_run_is_left_out_and_told_of_once(
     (run / "note").symlink_to(tmp_path / "secret")
     (run / "folder").symlink_to(tmp_path)
     (run / "again").symlink_to(run / "config")
+    (run / "latest").symlink_to(run / "session-00")
+    (run / "loop").symlink_to("loop")
     versions = Versions.around(run)
     assert versions is not None
     first = versions.keep(run, {})
@@ -209,8 +211,7 @@ def test_a_link_that_leads_out_of_a_run_is_left_out_and_told_of_once(
     assert "of somebody else" not in kept
     said = [record.getMessage() for record in caplog.records if record.name == "fscil.versions"]
     assert [line.split(" is a link that leads out")[0] for line in said] == [
-        str(run / "folder"),
-        str(run / "note"),
+        str(run / name) for name in ("folder", "latest", "loop", "note")
     ]
 
 
@@ -244,6 +245,16 @@ def test_a_link_in_the_folder_lets_nothing_be_restored_outside(here: Path, tmp_p
         with pytest.raises(StoreError, match="session-00 is a link that leads out"):
             versions.restore(part, target / "session-00" / "epoch-000", target)
     assert list(elsewhere.iterdir()) == []
+
+
+def test_a_link_to_itself_is_in_the_way(here: Path, tmp_path: Path) -> None:
+    versions = Versions.around(run := run_in(here, **EPOCHS))
+    assert versions is not None
+    entries = versions.entries(versions.keep(run, {}))
+    (target := tmp_path / "again").mkdir()
+    (target / "config").symlink_to("config")
+    with pytest.raises(StoreError, match="again/config is a link that points nowhere; remove it"):
+        versions.restore(entries, target)
 
 
 def test_a_file_that_is_no_pointer(tmp_path: Path) -> None:

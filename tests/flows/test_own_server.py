@@ -2,11 +2,13 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http.client import HTTPException
 from pathlib import Path
 
@@ -36,11 +38,11 @@ with prefect_server():
 class Command:
     """A command that works under a server until its input ends, in a group of its own, as from a terminal."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, **settings: str) -> None:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
         self.process = subprocess.Popen(
             [sys.executable, "-c", CODE],
-            cwd=ROOT, env=kept | {"PREFECT_HOME": str(home), "DO_NOT_TRACK": "1"}, start_new_session=True,
+            cwd=ROOT, env=kept | {"PREFECT_HOME": str(home), "DO_NOT_TRACK": "1"} | settings, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -96,6 +98,20 @@ def test_those_who_write_at_once_wait_for_each_other(tmp_path: Path) -> None:
         told = list(writers.map(write, range(160)))
     command.process.communicate("")
     assert told == [201] * 160
+
+
+def test_who_waits_too_long_for_the_turn_is_told_before_it_stops_listening(tmp_path: Path) -> None:
+    """Else the client would ask again for what is still waiting, and both would be written."""
+    command = Command(tmp_path, PREFECT_API_REQUEST_TIMEOUT="2")
+    url = command.url
+    with closing(sqlite3.connect(tmp_path / "prefect.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        status = httpx.post(f"{url}/flows/", json={"name": "late"}, timeout=30, trust_env=False).status_code
+        other.execute("ROLLBACK")
+        assert status == 503, "asked again by Prefect's client"
+        assert other.execute("select count(*) from flow where name = 'late'").fetchone() == (0,)
+    assert httpx.post(f"{url}/flows/", json={"name": "late"}, timeout=30, trust_env=False).is_success
+    command.process.communicate()
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:

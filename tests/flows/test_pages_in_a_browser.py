@@ -48,8 +48,9 @@ def served(
     command: Sequence[str], port: int, health: str, well: str, log: Path, **more: str
 ) -> Iterator[str]:
     """A service as `make up` starts it, for as long as the block lasts; its address."""
+    environment = services.environment_of(port) | {"PREFECT_HOME": str(log.parent / "prefect")} | more
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env=services.environment_of(port) | more, stdout=out, stderr=out)
+        process = subprocess.Popen(command, cwd=log.parent, env=environment, stdout=out, stderr=out)
     address = f"http://{services.HOST}:{port}"
     try:
         until = time.monotonic() + 120

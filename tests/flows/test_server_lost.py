@@ -16,6 +16,7 @@ import pytest
 from prefect.events.worker import EventsWorker
 from prefect.settings import (
     PREFECT_API_REQUEST_TIMEOUT,
+    PREFECT_API_SSL_CERT_FILE,
     PREFECT_API_URL,
     PREFECT_CLIENT_MAX_RETRIES,
     PREFECT_CLOUD_API_URL,
@@ -29,7 +30,7 @@ from flows.experiment import fscil
 from flows.server_lost import ServerLostError, extra, told_if_lost
 from tasks.vlm.transport import VlmError
 from tests.conftest import Place
-from tests.strangers import answering, nobody, silent, somebody_else
+from tests.strangers import answering, dripping, nobody, silent, somebody_else
 
 
 class Line:
@@ -205,9 +206,18 @@ def test_other_errors_stay_as_they_are() -> None:
         raise RuntimeError("out of memory")
 
 
-@pytest.mark.parametrize("way", [nobody, silent, somebody_else])
+@pytest.mark.parametrize(
+    ("way", "why"),
+    [
+        (nobody, "nobody listens there"),
+        (silent, "it does not answer in time"),
+        (dripping, "it does not answer in time"),
+        (somebody_else, "what answers there is another program"),
+    ],
+)
 def test_an_address_where_no_prefect_answers_is_told_and_a_server_of_its_own_is_run(
     way: Callable[[], AbstractContextManager[str]],
+    why: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -219,6 +229,7 @@ def test_an_address_where_no_prefect_answers_is_told_and_a_server_of_its_own_is_
 
     monkeypatch.setattr(own_server, "_start", start)
     monkeypatch.setattr(own_server, "_stop", lambda _process: None)
+    monkeypatch.setattr(own_server, "HEALTH_S", 1)
     began = time.monotonic()
     with way() as address:
         url = f"{address}/api"
@@ -226,7 +237,7 @@ def test_an_address_where_no_prefect_answers_is_told_and_a_server_of_its_own_is_
         with temporary_settings({PREFECT_API_URL: url}), own_server.prefect_server():
             assert PREFECT_API_URL.value() == "http://127.0.0.1:2/api"
     said = capsys.readouterr().err
-    assert said == f"no Prefect server listens at {url}; this command runs one of its own\n"
+    assert said == f"no Prefect server at {url} ({why}); this command runs one of its own\n"
     assert len(started) == 1
     assert time.monotonic() - began < 15, "a server that hangs is not waited for"
 
@@ -246,7 +257,40 @@ def test_prefect_is_known_by_its_health_or_by_who_guards_it(
     status: int, said: bytes, is_prefect: bool
 ) -> None:
     with answering(status, said) as url, temporary_settings({PREFECT_API_URL: url}):
-        assert own_server._answers(url) == is_prefect
+        assert (own_server._why_not(url) is None) == is_prefect
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "headers", "why"),
+    [
+        (503, b"", {"Retry_After": "3600"}, "what answers there says 503"),
+        (429, b"", {"Retry_After": "3600"}, "what answers there says 429"),
+        (503, b"", {"Prefect_Maintenance": "true"}, "what answers there says 503"),
+        (302, b"", {"Location": "/api/health"}, "TooManyRedirects"),
+        (200, b"true" + b" " * 2**20 + b"and so on", {}, "what answers there is another program"),
+        (403, b"Invalid CSRF token", {}, None),
+    ],
+)
+def test_who_says_to_come_back_later_is_not_waited_for(
+    status: int, said: bytes, headers: dict[str, str], why: str | None
+) -> None:
+    began = time.monotonic()
+    with answering(status, said, **headers) as url, temporary_settings({PREFECT_API_URL: url}):
+        assert (own_server._why_not(url) or "None").startswith(str(why))
+    assert time.monotonic() - began < own_server.HEALTH_S
+
+
+def test_settings_of_prefect_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:99999/api"}),
+        pytest.raises(ValueError, match=r"PREFECT_API_URL=.*99999.*out of range"),
+    ):
+        own_server.prefect_url()
+    with (
+        temporary_settings({PREFECT_API_SSL_CERT_FILE: str(tmp_path / "none.pem")}),
+        pytest.raises(ValueError, match=r"PREFECT_API_SSL_CERT_FILE names .*none\.pem, which is no file"),
+    ):
+        own_server.prefect_url()
 
 
 def test_prefects_cloud_is_taken_for_what_its_address_says() -> None:
@@ -254,7 +298,7 @@ def test_prefects_cloud_is_taken_for_what_its_address_says() -> None:
         answering(404, b"") as url,
         temporary_settings({PREFECT_API_URL: url, PREFECT_CLOUD_API_URL: url}),
     ):
-        assert own_server._answers(url)
+        assert own_server._why_not(url) is None
 
 
 def test_events_that_cannot_be_sent_are_told_of_once() -> None:
