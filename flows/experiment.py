@@ -12,6 +12,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.config import ExperimentConfig, differences, identity_of, load_config
+from flows.interrupts import interrupts_first
 from flows.progress import note, say, session_line, show_experiment, show_tracked, tag_run
 from flows.ray_shards import check_ray, shards_on
 from flows.session import run_session
@@ -186,6 +187,7 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
     return record
 
 
+@interrupts_first()
 def _run_sessions(
     config: ExperimentConfig,
     split: Split,

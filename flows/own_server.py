@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from flows.cli import console, failures_told_once, in_prefect_home, known_errors
+from flows.interrupts import interrupts_first
 from flows.server_lost import told_if_lost
 from tasks.disk import Lock
 from tasks.secrets import credentials_in
@@ -65,7 +66,7 @@ def prefect_server() -> Iterator[None]:
     quick = temporary_settings(set_defaults={HEARTBEATS: None})
     why_not = _why_not(url) if url else NOBODY
     if url and why_not is None:
-        with quick, failures_told_once(), told_if_lost(url, known_errors):
+        with quick, failures_told_once(), told_if_lost(url, known_errors), interrupts_first():
             yield
         return
     if url and (why_not != NOBODY or os.environ.get("PREFECT_API_URL")):
@@ -82,6 +83,7 @@ def prefect_server() -> Iterator[None]:
                 temporary_settings({PREFECT_API_URL: f"{address}/api"}, {HEARTBEATS: None}),
                 failures_told_once(),
                 told_if_lost(address, known_errors),
+                interrupts_first(),
             ):
                 yield
         finally:

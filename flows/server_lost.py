@@ -60,7 +60,7 @@ def told_if_lost(url: str, known: Callable[[], tuple[type[Exception], ...]]) -> 
     try:
         yield
     except (httpx.HTTPError, RuntimeError) as error:
-        if not _lost(error):
+        if not is_lost(error):
             raise
         _drop_events()
         first = _before(error, known())
@@ -81,8 +81,8 @@ def extra(what: str) -> Iterator[None]:
         log.warning("Prefect takes no %s (%s: %s)", what, type(error).__name__, error)
 
 
-def _lost(error: Exception) -> bool:
-    """Prefect's client raises httpx's errors, and a RuntimeError where it greets a server in vain."""
+def is_lost(error: Exception) -> bool:
+    """Whether Prefect does not answer: its client raises httpx's errors, and a RuntimeError where it greets in vain."""
     return isinstance(error, httpx.HTTPError) or "Failed to reach API" in str(error)
 
 

@@ -10,6 +10,7 @@ from prefect import flow
 
 from flows.config import ExperimentConfig
 from flows.epoch import run_epoch
+from flows.interrupts import interrupts_first
 from flows.progress import say, say_epoch, session_line, show_session, tag_run
 from tasks.context import EpochContext
 from tasks.evaluate import evaluate_test, evaluate_zero_shot
@@ -48,6 +49,7 @@ class _Learned:
     persist_result=False,
     validate_parameters=False,
 )
+@interrupts_first()
 def run_session(
     config: ExperimentConfig,
     index: int,

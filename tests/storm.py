@@ -158,7 +158,7 @@ def strike(
     if number != signal.SIGKILL:
         outcome.stops_s.append(took)
         if code not in (SIGNALS[number], 0):
-            outcome.faults.append(f"{number.name} ended it with {code}")
+            outcome.faults.append(f"{number.name} ended it with {code}: {' '.join(said.split())[-300:]}")
         elif code == 0 and took > LATE_S:
             outcome.faults.append(f"{number.name} was not heeded")
         elif code and took > orderly_s:

@@ -1,0 +1,29 @@
+"""An interrupt ends a run as an interrupt, whatever a library makes of it on the way out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flows.server_lost import is_lost
+
+
+@contextmanager
+def interrupts_first() -> Iterator[None]:
+    """Raise the interrupt that arrived in a block where a library has answered it with an error of its own.
+
+    Prefect does, while it has not begun a task yet: "Task run is not set". What a disk or a lost server says stays.
+    """
+    try:
+        yield
+    except Exception as error:
+        stop = _stop_under(error)
+        if stop is None or isinstance(error, OSError) or is_lost(error):
+            raise
+        raise stop from error
+
+
+def _stop_under(error: BaseException) -> BaseException | None:
+    """What an error was raised in answer to, if that asks for an end: an interrupt, a request, an exit."""
+    under = error.__context__
+    while isinstance(under, Exception | GeneratorExit):
+        under = under.__context__
+    return under
