@@ -221,10 +221,12 @@ def make_database(uri: str) -> None:
     _keep_quiet()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    begun = file.with_name(f".{file.name}.tmp")
+    begun = file.with_name(
+        f".{file.name}.{time.monotonic_ns()}.tmp"
+    )  # MLflow keeps what it opened by a name open
     with Lock(lock := file.with_name(f".{file.name}.lock")):
         if not file.exists():
-            for left in file.parent.glob(f"{begun.name}*"):
+            for left in file.parent.glob(f".{file.name}.*tmp*"):
                 left.unlink()
             SqlAlchemyStore(f"sqlite:///{begun}", "mlruns").engine.dispose()
             _put_in_place(begun, file)

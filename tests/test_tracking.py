@@ -1,5 +1,6 @@
 """MLflow shows what the records say, once, however often it is told."""
 
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 from pydantic import ValidationError
+from sqlalchemy import Engine, event
 
 from tasks.store import StoreError, digest_of
 from tasks.tracked import contact_sheet, flat, provenance_tags, stage_metrics, verdict_table
@@ -436,11 +438,31 @@ def test_a_database_whose_making_is_killed_is_made_again(tmp_path: Path) -> None
         process = subprocess.run([sys.executable, "-c", code, settings.uri, str(at)], cwd=ROOT)
         assert process.returncode == -signal.SIGKILL
         assert not file.exists()
-    assert (file.parent / f".{file.name}.tmp").exists()
+    assert list(file.parent.glob(f".{file.name}.*.tmp"))
     runs = Runs(settings)
     runs.prepare()
     runs.find_or_create("key", "run", {})
     assert {path.name for path in file.parent.iterdir() if file.name in path.name} == {file.name}
+
+
+def test_a_process_that_could_not_make_the_database_may_try_again(tmp_path: Path) -> None:
+    """MLflow keeps the connection of its first try, to a file that is not there any more."""
+    uri, left = f"sqlite:///{tmp_path}/mlflow.db", [30]
+
+    def fails(*_: object) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.EIO, "input/output error")
+
+    event.listen(Engine, "before_cursor_execute", fails)
+    try:
+        with pytest.raises(OSError, match="input/output"):
+            make_database(uri)
+        make_database(uri)
+    finally:
+        event.remove(Engine, "before_cursor_execute", fails)
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    Runs(settings_at(tmp_path).model_copy(update={"uri": uri})).prepare()
 
 
 def test_a_database_that_another_program_makes_meanwhile_stays(
