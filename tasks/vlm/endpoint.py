@@ -265,9 +265,20 @@ def _run_here(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(work())
+        return asyncio.run(_quiet_at_the_end(work))
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(work())).result()
+        return pool.submit(lambda: asyncio.run(_quiet_at_the_end(work))).result()
+
+
+async def _quiet_at_the_end(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """A coroutine; of an interrupt that ends it asyncio prints no traceback beside the one sentence of the command."""
+
+    def told(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if isinstance(context.get("exception", RuntimeError()), Exception):
+            loop.default_exception_handler(context)
+
+    asyncio.get_running_loop().set_exception_handler(told)
+    return await work()
 
 
 async def served_models(client: AsyncOpenAI) -> list[str]:

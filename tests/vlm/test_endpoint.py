@@ -1,0 +1,36 @@
+"""A request that is interrupted, and one whose error nobody awaits."""
+
+import asyncio
+import gc
+
+import anyio
+import pytest
+
+from tasks.vlm.endpoint import _run_here
+
+
+def test_an_interrupt_in_a_request_prints_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    async def connecting() -> None:
+        async with anyio.create_task_group() as ways:  # as for an address of several
+            ways.start_soon(interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        _run_here(connecting)
+    assert caplog.records == []
+
+
+def test_another_error_that_nobody_awaits_is_printed(caplog: pytest.LogCaptureFixture) -> None:
+    async def fails() -> None:
+        raise OSError("lost")
+
+    async def forgets() -> None:
+        task = asyncio.get_running_loop().create_task(fails())
+        await asyncio.sleep(0)
+        del task
+
+    _run_here(forgets)
+    gc.collect()
+    assert "Task exception was never retrieved" in caplog.text
