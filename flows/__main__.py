@@ -44,6 +44,7 @@ from flows.cli import (
     terminable,
 )
 from flows.commands import cell, data, gc, profile, restore, settings, track
+from flows.interrupts import interrupts_first
 from flows.own_server import prefect_server, prefect_url
 
 SWEPT = ("dataset", "method", "seed")
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands |= {"data": data, "settings": settings, "cell": cell, "profile": profile}
     commands |= {"restore": restore, "gc": gc, "track": track}
     try:
-        with terminable():
+        with terminable(), interrupts_first():
             return commands[arguments[0]](arguments[1:]) if arguments[0] in commands else _run(arguments)
     except BrokenPipeError:  # who reads has seen enough, as `| head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

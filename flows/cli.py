@@ -125,8 +125,22 @@ def known_errors() -> tuple[type[Exception], ...]:
     return (ValueError, RunError, ReplayError, StoreError, VlmError, OSError)
 
 
+def stop_under(error: BaseException) -> BaseException | None:
+    """What an error was raised in answer to, if that asks for an end: an interrupt, a request, an exit."""
+    under = error.__context__
+    while isinstance(under, Exception | GeneratorExit):
+        under = under.__context__
+    return under
+
+
 def fail(error: Exception, code: int) -> int:
-    """Say what went wrong; return the exit code."""
+    """Say what went wrong; return the exit code.
+
+    Raises:
+        BaseException: the interrupt that a library has answered with this error, unless a disk or a server speaks.
+    """
+    if not isinstance(error, OSError) and (stop := stop_under(error)):
+        raise stop from error
     console.print(
         f"error: {readable(with_place(error), ERROR_CHARS)}",
         style="red",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from flows.cli import stop_under
 from flows.server_lost import is_lost
 
 
@@ -15,15 +16,7 @@ def interrupts_first() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        stop = _stop_under(error)
+        stop = stop_under(error)
         if stop is None or isinstance(error, OSError) or is_lost(error):
             raise
         raise stop from error
-
-
-def _stop_under(error: BaseException) -> BaseException | None:
-    """What an error was raised in answer to, if that asks for an end: an interrupt, a request, an exit."""
-    under = error.__context__
-    while isinstance(under, Exception | GeneratorExit):
-        under = under.__context__
-    return under

@@ -10,7 +10,8 @@ from prefect import task_engine
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
 
-from flows.cli import Terminated
+from flows.__main__ import main
+from flows.cli import EXIT_TERMINATED, Terminated
 from flows.experiment import fscil
 from flows.interrupts import interrupts_first
 from tests.conftest import Place
@@ -33,6 +34,21 @@ def test_an_interrupt_while_prefect_begins_a_task_ends_the_run_as_one(
     assert {run.state.type.value for run in last if run.state} == {"CRASHED"}, (
         "neither ended by a fault of its own"
     )
+
+
+@pytest.mark.parametrize("where", ["flows.config.compose", "flows.__main__.expand"])
+def test_an_interrupt_while_settings_are_read_is_no_wrong_setting(
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def arrives(*_: object, **__: object) -> NoReturn:
+        try:
+            raise Terminated
+        finally:
+            raise AttributeError("of what OmegaConf left half done")
+
+    monkeypatch.setattr(where, arrives)
+    assert main(["dataset=digits"]) == EXIT_TERMINATED
+    assert capsys.readouterr().err.startswith("terminated; nothing sealed is lost")
 
 
 @pytest.mark.parametrize(
