@@ -1,11 +1,13 @@
 """What the commands share: the terminal, exit codes, and errors that are for the user."""
 
+import _thread
 import io
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from tasks.whereabouts import with_place
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 ERROR_CHARS = 8000
+AGAIN_S = 0.05
 SPINS = "5000"
 """How long a thread of torch waits busily for the others. By default so long that two runs on one machine, whose
 threads wait for some that the other run's keep from working, take thirty times as long; alone it makes no difference."""
@@ -35,19 +38,40 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM raise Terminated for as long as the block lasts; outside of the main thread nothing changes."""
+    """Let SIGTERM raise Terminated for as long as the block lasts; outside of the main thread nothing changes.
+
+    A signal may arrive while Python clears up, in a callback whose errors it drops, once in thirty times. Then it is
+    sent again.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    lasts = [True]
 
     def terminate(*_: object) -> None:
         raise Terminated
 
+    def dropped(error: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(error.exc_value, KeyboardInterrupt):
+            return told(error)
+        number = signal.SIGTERM if isinstance(error.exc_value, Terminated) else signal.SIGINT
+        _thread.start_new_thread(
+            again, (number,)
+        )  # not threading's, whose locks this thread may hold just now
+
+    def again(number: int) -> None:
+        time.sleep(AGAIN_S)
+        if lasts:
+            os.kill(os.getpid(), number)
+
+    told, sys.unraisablehook = sys.unraisablehook, dropped
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
+        lasts.clear()
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = told
 
 
 def speak_plainly() -> None:

@@ -1,6 +1,10 @@
 """An interrupt is an interrupt, wherever in a library it arrives."""
 
 import errno
+import signal
+import sys
+import time
+import weakref
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,7 +15,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
 
 from flows.__main__ import main
-from flows.cli import EXIT_TERMINATED, Terminated
+from flows.cli import EXIT_TERMINATED, Terminated, terminable
 from flows.experiment import fscil
 from flows.interrupts import interrupts_first
 from tests.conftest import Place
@@ -34,6 +38,49 @@ def test_an_interrupt_while_prefect_begins_a_task_ends_the_run_as_one(
     assert {run.state.type.value for run in last if run.state} == {"CRASHED"}, (
         "neither ended by a fault of its own"
     )
+
+
+@pytest.mark.parametrize("stop", [Terminated, KeyboardInterrupt])
+def test_an_interrupt_that_arrives_while_python_clears_up_is_not_lost(
+    stop: type[KeyboardInterrupt], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a callback of a weak reference, whose errors Python drops."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    class Thing:
+        pass
+
+    def arrives(_: object) -> NoReturn:
+        raise stop
+
+    def clears_up() -> None:
+        thing = Thing()
+        watched = weakref.ref(thing, arrives)
+        del thing
+        assert watched() is None
+        time.sleep(10)
+
+    with pytest.raises(stop) as ended, terminable():
+        clears_up()
+    assert type(ended.value) is stop
+    assert capsys.readouterr().err == ""
+
+
+def test_other_errors_that_python_drops_are_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: told.append(dropped.exc_type))
+
+    class Thing:
+        def __del__(self) -> None:
+            raise OSError("on the way out")
+
+    with terminable():
+        Thing()
+    assert told == [OSError]
+    with terminable(), terminable():
+        pass
+    Thing()
+    assert told == [OSError, OSError], "the hook is the one that was there before"
 
 
 @pytest.mark.parametrize("where", ["flows.config.compose", "flows.__main__.expand"])
