@@ -373,6 +373,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, completion(_from_json(body), self.server.reader, self.server.model))
         except ApiError as error:
             self._fail(error)
+        except ConnectionError:
+            self.close_connection = True  # who asked has gone, as a run does that is asked to end
         except Exception:
             log.exception("the miniature VLM failed on a request")
             self._fail(ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed on this request"))

@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import errno
 import http.client
 import json
 import threading
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tasks.images import png_bytes
+from tasks.miniature import vlm_server
 from tasks.miniature.captions import CATEGORIES, Attributes
 from tasks.miniature.vlm_server import (
     BATCH,
@@ -347,6 +349,39 @@ def test_a_failing_reader_is_an_error_and_the_server_lives_on(
         client.complete(asked)
     reader.broken = False
     assert "digit" in client.complete(asked).text
+
+
+def test_who_asks_and_goes_leaves_no_traceback(
+    server: VlmServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run does that is interrupted while the answers are written."""
+    tried = threading.Event()
+
+    class Gone:
+        def write(self, data: bytes) -> None:
+            tried.set()
+            raise BrokenPipeError(errno.EPIPE, "broken pipe")
+
+        def flush(self) -> None:
+            return
+
+        def close(self) -> None:
+            return
+
+        closed = False
+
+    started = vlm_server._Handler.setup
+
+    def without_a_way_back(handler: vlm_server._Handler) -> None:
+        started(handler)
+        handler.wfile = Gone()  # type: ignore[assignment]
+
+    monkeypatch.setattr(vlm_server._Handler, "setup", without_a_way_back)
+    asked = Request(messages=prompts.describe(Picture.of(plain(0.1), 64)))
+    with pytest.raises(VlmError):
+        OpenAiClient(settings(), server.base_url).complete(asked)
+    assert tried.is_set()
+    assert caplog.records == []
 
 
 def test_the_key_is_nowhere_to_be_found(
