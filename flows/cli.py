@@ -20,7 +20,6 @@ from tasks.whereabouts import with_place
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 ERROR_CHARS = 8000
-AGAIN_S = 0.05
 SPINS = "5000"
 """How long a thread of torch waits busily for the others. By default so long that two runs on one machine, whose
 threads wait for some that the other run's keep from working, take thirty times as long; alone it makes no difference."""
@@ -36,28 +35,30 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM arrived; like an interrupt it ends whatever runs, in order."""
 
 
+AGAIN_S = 0.05
+_arrived: list[type[KeyboardInterrupt]] = []
+"""What the signals that have arrived have raised, in the command that is under way."""
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """Let SIGTERM raise Terminated for as long as the block lasts; outside of the main thread nothing changes.
 
-    A signal may arrive while Python clears up, in a callback whose errors it drops, once in thirty times. Then it is
-    sent again.
+    SIGTERM and SIGINT may arrive where what they raise is lost: while Python clears up, in a callback whose errors it
+    drops, once in thirty times; then they are sent again. Or amid code in C, which makes an error of its own of it;
+    then :func:`stop_under` knows that they had arrived.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     lasts = [True]
 
-    def terminate(*_: object) -> None:
-        raise Terminated
-
     def dropped(error: "sys.UnraisableHookArgs") -> None:
         if not isinstance(error.exc_value, KeyboardInterrupt):
             return told(error)
         number = signal.SIGTERM if isinstance(error.exc_value, Terminated) else signal.SIGINT
-        _thread.start_new_thread(
-            again, (number,)
-        )  # not threading's, whose locks this thread may hold just now
+        # not threading's, whose locks this thread may hold just now
+        _thread.start_new_thread(again, (number,))
 
     def again(number: int) -> None:
         time.sleep(AGAIN_S)
@@ -65,13 +66,32 @@ def terminable() -> Iterator[None]:
             os.kill(os.getpid(), number)
 
     told, sys.unraisablehook = sys.unraisablehook, dropped
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _arrive)}
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # else it is ignored, or somebody else's
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, _arrive)
     try:
         yield
     finally:
         lasts.clear()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         sys.unraisablehook = told
+        _arrived.clear()
+
+
+def _arrive(number: int, _: object) -> None:
+    _arrived.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+    raise _arrived[-1]
+
+
+def stop_under(error: BaseException) -> BaseException | None:
+    """What an error was raised in answer to, if that asks for an end: an interrupt, a request, an exit."""
+    under = error.__context__
+    while isinstance(under, Exception | GeneratorExit):
+        under = under.__context__
+    return under or (_arrived[-1]() if _arrived else None)
 
 
 def speak_plainly() -> None:
@@ -147,14 +167,6 @@ def known_errors() -> tuple[type[Exception], ...]:
     from tasks.vlm.transport import VlmError
 
     return (ValueError, RunError, ReplayError, StoreError, VlmError, OSError)
-
-
-def stop_under(error: BaseException) -> BaseException | None:
-    """What an error was raised in answer to, if that asks for an end: an interrupt, a request, an exit."""
-    under = error.__context__
-    while isinstance(under, Exception | GeneratorExit):
-        under = under.__context__
-    return under
 
 
 def fail(error: Exception, code: int) -> int:

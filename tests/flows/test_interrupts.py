@@ -1,10 +1,12 @@
 """An interrupt is an interrupt, wherever in a library it arrives."""
 
 import errno
+import os
 import signal
 import sys
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
 
 from flows.__main__ import main
-from flows.cli import EXIT_TERMINATED, Terminated, terminable
+from flows.cli import EXIT_TERMINATED, EXIT_USAGE, Terminated, terminable
 from flows.experiment import fscil
 from flows.interrupts import interrupts_first
 from tests.conftest import Place
@@ -64,6 +66,24 @@ def test_an_interrupt_that_arrives_while_python_clears_up_is_not_lost(
         clears_up()
     assert type(ended.value) is stop
     assert capsys.readouterr().err == ""
+
+
+def test_an_interrupt_of_which_code_in_c_made_an_error_of_its_own_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch does, which clears the error and says that it could not determine a shape."""
+
+    def arrives(*_: object) -> NoReturn:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError("could not determine the shape")
+
+    for where in ("flows.config.compose", "flows.__main__.expand"):
+        monkeypatch.setattr(where, lambda *_, **__: arrives())
+        assert main(["dataset=digits"]) == EXIT_TERMINATED
+        assert capsys.readouterr().err.startswith("terminated; nothing sealed is lost")
+    monkeypatch.undo()
+    assert main(["no such override"]) == EXIT_USAGE, "the next command knows nothing of it"
 
 
 def test_other_errors_that_python_drops_are_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
