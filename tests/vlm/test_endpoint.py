@@ -2,11 +2,23 @@
 
 import asyncio
 import gc
+import logging
+from collections.abc import Iterator
 
 import anyio
 import pytest
 
 from tasks.vlm.endpoint import _run_here
+
+
+@pytest.fixture(autouse=True)
+def heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """What asyncio says, though Prefect may have told its logger to keep it from others."""
+    logger = logging.getLogger("asyncio")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.ERROR, logger="asyncio"):
+        yield
+    logger.removeHandler(caplog.handler)
 
 
 def test_an_interrupt_in_a_request_prints_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
