@@ -12,9 +12,10 @@ from tasks.vlm.endpoint import _run_here
 
 
 @pytest.fixture(autouse=True)
-def heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """What asyncio says, though Prefect may have told its logger to keep it from others."""
+def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What asyncio says, though another test's library may have switched its logger off."""
     logger = logging.getLogger("asyncio")
+    monkeypatch.setattr(logger, "disabled", False)
     logger.addHandler(caplog.handler)
     with caplog.at_level(logging.ERROR, logger="asyncio"):
         yield
