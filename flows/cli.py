@@ -54,9 +54,8 @@ def terminable() -> Iterator[None]:
     lasts = [True]
 
     def dropped(error: "sys.UnraisableHookArgs") -> None:
-        if not isinstance(error.exc_value, KeyboardInterrupt):
+        if (number := _number(error.exc_value)) is None:
             return told(error)
-        number = signal.SIGTERM if isinstance(error.exc_value, Terminated) else signal.SIGINT
         # not threading's, whose locks this thread may hold just now
         _thread.start_new_thread(again, (number,))
 
@@ -79,6 +78,13 @@ def terminable() -> Iterator[None]:
             signal.signal(number, handler)
         sys.unraisablehook = told
         _arrived.clear()
+
+
+def _number(stop: BaseException | None) -> int | None:
+    """The signal that an exception was raised for: by this module, by Python, or by Prefect while a flow runs."""
+    if isinstance(stop, KeyboardInterrupt):
+        return signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    return getattr(stop, "signal", None) if type(stop).__name__ == "TerminationSignal" else None
 
 
 def _arrive(number: int, _: object) -> None:

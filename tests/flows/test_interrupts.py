@@ -15,6 +15,7 @@ import pytest
 from prefect import task_engine
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import TerminationSignal
 
 from flows.__main__ import main
 from flows.cli import EXIT_TERMINATED, EXIT_USAGE, Terminated, terminable
@@ -42,9 +43,16 @@ def test_an_interrupt_while_prefect_begins_a_task_ends_the_run_as_one(
     )
 
 
-@pytest.mark.parametrize("stop", [Terminated, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("stop", "ends"),
+    [
+        (Terminated(), Terminated),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (TerminationSignal(signal=signal.SIGTERM), Terminated),  # Prefect's, while a flow runs
+    ],
+)
 def test_an_interrupt_that_arrives_while_python_clears_up_is_not_lost(
-    stop: type[KeyboardInterrupt], capsys: pytest.CaptureFixture[str]
+    stop: BaseException, ends: type[KeyboardInterrupt], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in a callback of a weak reference, whose errors Python drops."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -62,9 +70,9 @@ def test_an_interrupt_that_arrives_while_python_clears_up_is_not_lost(
         assert watched() is None
         time.sleep(10)
 
-    with pytest.raises(stop) as ended, terminable():
+    with pytest.raises(ends) as ended, terminable():
         clears_up()
-    assert type(ended.value) is stop
+    assert type(ended.value) is ends
     assert capsys.readouterr().err == ""
 
 
