@@ -49,7 +49,6 @@ class _Learned:
     persist_result=False,
     validate_parameters=False,
 )
-@interrupts_first()
 def run_session(
     config: ExperimentConfig,
     index: int,
@@ -72,23 +71,24 @@ def run_session(
         tracker: mirrors sealed records into MLflow.
         versions: keeps the run's folder in DVC's cache.
     """
-    tag_run(*config.tags)
-    if config.zero_shot:
-        tracker.session_start(index, None, folder / "initial")
-        learned = _Learned(None, [], "the VLM classifies and learns nothing", context.start)
-        test = evaluate_zero_shot(context, test_ref, config.vlm, vlm_url)
-    else:
-        learned = _learn(config, index, context, folder, vlm_url, tracker, versions)
-        assert learned.end.classifier is not None, "an epoch always leaves a classifier"
-        test = evaluate_test(context, test_ref, learned.end.classifier, config.trained)
-    export(context.store, artifacts_of(test), test, folder / "test")
-    session = _sealed(context, index, learned, test)
-    write_json(folder / "record.json", session)
-    versions.keep()
-    tracker.session(session, folder, context.class_names)
-    say(session_line(session))
-    show_session(config, session, learned.epochs, folder, tracker.page(index))
-    return session
+    with interrupts_first():  # no decorator, which Ray could not send
+        tag_run(*config.tags)
+        if config.zero_shot:
+            tracker.session_start(index, None, folder / "initial")
+            learned = _Learned(None, [], "the VLM classifies and learns nothing", context.start)
+            test = evaluate_zero_shot(context, test_ref, config.vlm, vlm_url)
+        else:
+            learned = _learn(config, index, context, folder, vlm_url, tracker, versions)
+            assert learned.end.classifier is not None, "an epoch always leaves a classifier"
+            test = evaluate_test(context, test_ref, learned.end.classifier, config.trained)
+        export(context.store, artifacts_of(test), test, folder / "test")
+        session = _sealed(context, index, learned, test)
+        write_json(folder / "record.json", session)
+        versions.keep()
+        tracker.session(session, folder, context.class_names)
+        say(session_line(session))
+        show_session(config, session, learned.epochs, folder, tracker.page(index))
+        return session
 
 
 def _learn(
