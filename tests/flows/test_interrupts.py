@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+import cloudpickle
 import httpx
 import pytest
 from prefect import task_engine
@@ -21,6 +22,7 @@ from flows.__main__ import main
 from flows.cli import EXIT_TERMINATED, EXIT_USAGE, Terminated, terminable
 from flows.experiment import fscil
 from flows.interrupts import interrupts_first
+from flows.session import run_session
 from tests.conftest import Place
 from tests.crowd import runs_in
 
@@ -144,3 +146,8 @@ def test_a_full_disk_and_a_lost_server_are_told_of(error: Exception) -> None:
 
     with pytest.raises(type(error)):
         stopped()
+
+
+def test_the_flow_of_a_session_can_be_sent_to_another_process() -> None:
+    """Ray sends it with each shard; what looks for interrupts around it cannot be sent."""
+    assert cloudpickle.loads(cloudpickle.dumps(run_session.fn)).__name__ == "run_session"
