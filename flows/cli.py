@@ -93,9 +93,9 @@ def _arrive(number: int, _: object) -> None:
 
 
 def stop_under(error: BaseException) -> BaseException | None:
-    """What an error was raised in answer to, if that asks for an end: an interrupt, a request, an exit."""
+    """The interrupt or request to end that an error was raised in answer to; a timeout's cancellation is none."""
     under = error.__context__
-    while isinstance(under, Exception | GeneratorExit):
+    while under is not None and _number(under) is None:
         under = under.__context__
     return under or (_arrived[-1]() if _arrived else None)
 
@@ -182,7 +182,7 @@ def fail(error: Exception, code: int) -> int:
         BaseException: the interrupt that a library has answered with this error, unless a disk or a server speaks.
     """
     if not isinstance(error, OSError) and (stop := stop_under(error)):
-        raise stop from error
+        raise (stop if isinstance(stop, KeyboardInterrupt) else Terminated()) from error
     console.print(
         f"error: {readable(with_place(error), ERROR_CHARS)}",
         style="red",

@@ -1,5 +1,6 @@
 """An interrupt is an interrupt, wherever in a library it arrives."""
 
+import asyncio
 import errno
 import os
 import signal
@@ -19,7 +20,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import TerminationSignal
 
 from flows.__main__ import main
-from flows.cli import EXIT_TERMINATED, EXIT_USAGE, Terminated, terminable
+from flows.cli import EXIT_TERMINATED, EXIT_USAGE, Terminated, fail, terminable
 from flows.experiment import fscil
 from flows.interrupts import interrupts_first
 from flows.session import run_session
@@ -111,6 +112,22 @@ def test_other_errors_that_python_drops_are_told_as_ever(monkeypatch: pytest.Mon
         pass
     Thing()
     assert told == [OSError, OSError], "the hook is the one that was there before"
+
+
+def test_a_timeout_is_no_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    """asyncio raises it in answer to a cancellation, which is no Exception either."""
+
+    @interrupts_first()
+    def waits() -> None:
+        asyncio.run(asyncio.wait_for(asyncio.sleep(5), 0.01))
+
+    with pytest.raises(TimeoutError) as late:
+        waits()
+    assert isinstance(late.value.__context__, asyncio.CancelledError)
+    error = ValueError("too slow")
+    error.__context__ = asyncio.CancelledError()
+    assert fail(error, EXIT_USAGE) == EXIT_USAGE
+    assert "too slow" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["flows.config.compose", "flows.__main__.expand"])
