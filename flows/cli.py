@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -36,8 +37,13 @@ class Terminated(KeyboardInterrupt):
 
 
 AGAIN_S = 0.05
-_arrived: list[type[KeyboardInterrupt]] = []
-"""What the signals that have arrived have raised, in the command that is under way."""
+_pipes: list[int] = []
+"""Where Python writes the number of each signal that arrives, whoever handles it: of each `terminable` an end to read."""
+_arrived: list[int] = []
+"""What was read there, by the command that is under way."""
+
+# a process that is forked would write its signals into the same pipe
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) if _pipes else None)
 
 
 @contextmanager
@@ -46,7 +52,7 @@ def terminable() -> Iterator[None]:
 
     SIGTERM and SIGINT may arrive where what they raise is lost: while Python clears up, in a callback whose errors it
     drops, once in thirty times; then they are sent again. Or amid code in C, which makes an error of its own of it;
-    then :func:`stop_under` knows that they had arrived.
+    then :func:`stop_under` knows that they had arrived, under the handler that Prefect sets while a flow runs as well.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -70,13 +76,26 @@ def terminable() -> Iterator[None]:
         signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ):  # else it is ignored, or somebody else's
         before[signal.SIGINT] = signal.signal(signal.SIGINT, _arrive)
+    pipe = os.pipe()
+    for end in pipe:
+        os.set_blocking(end, False)
+    _pipes.append(pipe[0])
+    outer = signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
     try:
         yield
+    except BaseException as stop:
+        if _number(stop) == signal.SIGTERM and not isinstance(stop, Terminated):  # Prefect's, out of its flow
+            raise Terminated from stop
+        raise
     finally:
         lasts.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
         sys.unraisablehook = told
+        signal.set_wakeup_fd(outer)
+        _pipes.pop()
+        for end in pipe:
+            os.close(end)
         _arrived.clear()
 
 
@@ -87,9 +106,18 @@ def _number(stop: BaseException | None) -> int | None:
     return getattr(stop, "signal", None) if type(stop).__name__ == "TerminationSignal" else None
 
 
-def _arrive(number: int, _: object) -> None:
-    _arrived.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
-    raise _arrived[-1]
+def _arrive(number: int, _: object) -> NoReturn:
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _noted() -> KeyboardInterrupt | None:
+    """What the last signal that has arrived is to raise, if one has."""
+    with suppress(IndexError, BlockingIOError):
+        numbers = os.read(_pipes[-1], 4096)
+        _arrived.extend(number for number in numbers if number in (signal.SIGTERM, signal.SIGINT))
+    if not _arrived:
+        return None
+    return Terminated() if _arrived[-1] == signal.SIGTERM else KeyboardInterrupt()
 
 
 def stop_under(error: BaseException) -> BaseException | None:
@@ -97,7 +125,7 @@ def stop_under(error: BaseException) -> BaseException | None:
     under = error.__context__
     while under is not None and _number(under) is None:
         under = under.__context__
-    return under or (_arrived[-1]() if _arrived else None)
+    return under or _noted()
 
 
 def speak_plainly() -> None:

@@ -7,20 +7,22 @@ import signal
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-import cloudpickle
 import httpx
 import pytest
 from prefect import task_engine
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import TerminationSignal
+from prefect.utilities.callables import cloudpickle_wrapped_call
+from prefect.utilities.engine import capture_sigterm
 
 from flows.__main__ import main
-from flows.cli import EXIT_TERMINATED, EXIT_USAGE, Terminated, fail, terminable
+from flows.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE, Terminated, fail, stop_under, terminable
 from flows.experiment import fscil
 from flows.interrupts import interrupts_first
 from flows.session import run_session
@@ -79,22 +81,77 @@ def test_an_interrupt_that_arrives_while_python_clears_up_is_not_lost(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("under_prefect", [False, True])
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGTERM, EXIT_TERMINATED, "terminated"), (signal.SIGINT, EXIT_INTERRUPTED, "interrupted")],
+)
 def test_an_interrupt_of_which_code_in_c_made_an_error_of_its_own_is_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int,
+    code: int,
+    said: str,
+    under_prefect: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As torch does, which clears the error and says that it could not determine a shape."""
 
-    def arrives(*_: object) -> NoReturn:
-        with suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
+    def arrives() -> NoReturn:
+        with suppress(KeyboardInterrupt, TerminationSignal):
+            os.kill(os.getpid(), number)
         raise ValueError("could not determine the shape")
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may have had it ignored
     for where in ("flows.config.compose", "flows.__main__.expand"):
-        monkeypatch.setattr(where, lambda *_, **__: arrives())
-        assert main(["dataset=digits"]) == EXIT_TERMINATED
-        assert capsys.readouterr().err.startswith("terminated; nothing sealed is lost")
-    monkeypatch.undo()
+        with monkeypatch.context() as patched:
+            patched.setattr(where, lambda *_, **__: while_flow(arrives) if under_prefect else arrives())
+            assert main(["dataset=digits"]) == code
+        assert capsys.readouterr().err.startswith(f"{said}; nothing sealed is lost")
     assert main(["no such override"]) == EXIT_USAGE, "the next command knows nothing of it"
+
+
+def while_flow(call: Callable[[], NoReturn]) -> NoReturn:
+    """Call under the handler of SIGTERM that Prefect sets while a flow runs."""
+    with capture_sigterm():
+        call()
+
+
+def test_an_end_that_prefect_asked_for_is_one_outside_of_its_flow_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def arrives(*_: object, **__: object) -> NoReturn:
+        try:
+            raise TerminationSignal(signal=signal.SIGTERM)
+        finally:
+            raise KeyError("an error that is no user's")
+
+    monkeypatch.setattr("flows.config.compose", arrives)
+    assert main(["dataset=digits"]) == EXIT_TERMINATED
+    assert capsys.readouterr().err.startswith("terminated; nothing sealed is lost")
+
+
+def test_a_signal_of_a_process_that_was_forked_is_its_own() -> None:
+    with terminable():
+        if (child := os.fork()) == 0:
+            with suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert stop_under(ValueError("of this process")) is None
+
+
+def test_what_another_library_waits_for_signals_with_is_given_back() -> None:
+    heard, written = os.pipe()
+    os.set_blocking(written, False)
+    before = signal.set_wakeup_fd(written)
+    try:
+        with terminable(), suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        assert signal.set_wakeup_fd(before) == written
+        os.close(written)
+    assert os.read(heard, 8) == b""
+    os.close(heard)
 
 
 def test_other_errors_that_python_drops_are_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,11 +176,16 @@ def test_a_timeout_is_no_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
 
     @interrupts_first()
     def waits() -> None:
-        asyncio.run(asyncio.wait_for(asyncio.sleep(5), 0.01))
+        try:
+            asyncio.run(asyncio.wait_for(asyncio.sleep(5), 0.01))
+        except TimeoutError as late:
+            raise ValueError("no answer") from late
 
-    with pytest.raises(TimeoutError) as late:
+    with pytest.raises(ValueError, match="no answer") as told:
         waits()
-    assert isinstance(late.value.__context__, asyncio.CancelledError)
+    late = told.value.__context__
+    assert late is not None
+    assert isinstance(late.__context__, asyncio.CancelledError)
     error = ValueError("too slow")
     error.__context__ = asyncio.CancelledError()
     assert fail(error, EXIT_USAGE) == EXIT_USAGE
@@ -167,4 +229,6 @@ def test_a_full_disk_and_a_lost_server_are_told_of(error: Exception) -> None:
 
 def test_the_flow_of_a_session_can_be_sent_to_another_process() -> None:
     """Ray sends it with each shard; what looks for interrupts around it cannot be sent."""
-    assert cloudpickle.loads(cloudpickle.dumps(run_session.fn)).__name__ == "run_session"
+    cloudpickle_wrapped_call(run_session.fn)  # TypeError if it cannot
+    with pytest.raises(TypeError, match="pickle"):
+        cloudpickle_wrapped_call(interrupts_first()(run_session.fn))
