@@ -110,7 +110,7 @@ def _arrive(number: int, _: object) -> NoReturn:
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
-def _noted() -> KeyboardInterrupt | None:
+def noted() -> KeyboardInterrupt | None:
     """What the last signal that has arrived is to raise, if one has."""
     with suppress(IndexError, BlockingIOError):
         numbers = os.read(_pipes[-1], 4096)
@@ -125,7 +125,7 @@ def stop_under(error: BaseException) -> BaseException | None:
     under = error.__context__
     while under is not None and _number(under) is None:
         under = under.__context__
-    return under or _noted()
+    return under or noted()
 
 
 def speak_plainly() -> None:

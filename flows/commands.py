@@ -94,7 +94,7 @@ def restore(arguments: Sequence[str]) -> int:
 
 def gc(arguments: Sequence[str]) -> int:
     """``fscil gc``: show what nothing names any more; with ``--delete``, delete it."""
-    from flows.restore import collect_garbage, garbage
+    from flows.garbage import collect_garbage, garbage, nothing_running
 
     parser = argparse.ArgumentParser("fscil gc", description="Show what nothing names any more.")
     parser.add_argument("--delete", action="store_true", help="delete what is shown")
@@ -103,13 +103,12 @@ def gc(arguments: Sequence[str]) -> int:
     parser.add_argument("--state", type=Path, default=Path(".fscil"), help="state folder, .fscil by default")
     chosen = parser.parse_args(arguments)
     try:
-        found = garbage(chosen.runs, chosen.state, chosen.days)
-        print("\n".join(found.lines()))
-        if chosen.delete:
-            collect_garbage(found, chosen.runs, chosen.state)
-            print("deleted")
-        else:
-            print("nothing was deleted; add --delete to do so")
+        with nothing_running(chosen.state):
+            found = garbage(chosen.runs, chosen.state, chosen.days)
+            print("\n".join(found.lines()), flush=True)
+            if chosen.delete:
+                collect_garbage(found, chosen.runs, chosen.state)
+        print("deleted" if chosen.delete else "nothing was deleted; add --delete to do so")
     except known_errors() as error:
         return fail(error, EXIT_FAILED)
     return 0

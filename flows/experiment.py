@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.config import ExperimentConfig, differences, identity_of, load_config
-from flows.interrupts import interrupts_first
+from flows.garbage import note_results
+from flows.interrupts import interrupts_first, raise_unheeded
 from flows.progress import note, say, session_line, show_experiment, show_tracked, tag_run
 from flows.ray_shards import check_ray, shards_on
 from flows.session import run_session
@@ -20,6 +21,7 @@ from flows.stage_progress import stage_progress
 from tasks.context import EpochContext
 from tasks.datasets.benchmark import build_benchmark
 from tasks.diffusion.generator import GeneratorSettings
+from tasks.disk import Lock
 from tasks.gpu import gpu_held
 from tasks.learners.factory import check_learner
 from tasks.loading import MINIATURE_CAPTIONER, backbone_digest, generator_digest, vlm_digest
@@ -46,6 +48,12 @@ from tasks.vlm.zero_shot import refuse_alike
 from tasks.whereabouts import inside
 
 SPLIT_VERSION = 1
+
+WRITTEN = ("vlm", "images_api", "runs", "results", "datasets")
+"""Folders of a state, beside its stages, that files are written to one by one."""
+
+QUIET_S = 1.0
+"""How long a run waits for others before it says so."""
 
 
 class RunError(RuntimeError):
@@ -152,10 +160,9 @@ def run_experiment(config: ExperimentConfig) -> ExperimentRecord:
     store, folder = Store(config.runtime.state), config.runtime.runs / config.run_key
     with _held(store, config.run_key):
         clear_leftovers(folder.rglob(".*.tmp"))
-        clear_leftovers(folder.parent.glob(f".{folder.name}.*.tmp"))  # of the pointer beside it
-        clear_leftovers(
-            path for name in ("vlm", "images_api", "runs") for path in (store.root / name).rglob(".*.tmp")
-        )
+        clear_leftovers(folder.parent.glob(f".*{folder.name}.*.tmp"))  # of the pointer beside it
+        clear_leftovers(path for name in WRITTEN for path in (store.root / name).rglob(".*.tmp"))
+        note_results(store.root, config.runtime.runs)
         store.clear_scratch()
         split = seal_split(store, config, benchmark)
         with ExitStack() as stack:
@@ -218,6 +225,7 @@ def _run_sessions(
         note(session_line(session))
         sessions.append(session)
         state = session.end
+        raise_unheeded()
     return sessions
 
 
@@ -297,24 +305,31 @@ def summarise(config: ExperimentConfig, split: Split, sessions: list[SessionReco
 @contextmanager
 def _held(store: Store, key: str) -> Iterator[None]:
     lock = store.run_lock(key)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise RunInProgress(f"{key} is already running in another process; wait for it or stop it") from error
+    with _in_turn(store.gc_lock(), "`fscil gc` has ended"):
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise RunInProgress(
+                f"{key} is already running in another process; wait for it or stop it"
+            ) from error
     try:
         yield
     finally:
         lock.release()
 
 
-@contextmanager
-def _tracked_alone(store: Store, config: ExperimentConfig) -> Iterator[None]:
+def _tracked_alone(store: Store, config: ExperimentConfig) -> AbstractContextManager[None]:
     """Wait for a `fscil track` of this run: two that look for a run of MLflow at once would make two."""
-    lock = store.track_lock(config.run_key)
+    return _in_turn(store.track_lock(config.run_key), f"another process has tracked {config.run_key}")
+
+
+@contextmanager
+def _in_turn(lock: Lock, until: str) -> Iterator[None]:
+    """Hold a lock; who has to wait for longer than a moment says what for."""
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=QUIET_S)
     except Timeout:
-        say(f"waits until another process has tracked {config.run_key}")
+        say(f"waits until {until}")
         lock.acquire()
     try:
         yield

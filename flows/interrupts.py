@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flows.cli import stop_under
+from flows.cli import noted, stop_under
 from flows.server_lost import is_lost
 
 
@@ -20,3 +20,12 @@ def interrupts_first() -> Iterator[None]:
         if stop is None or isinstance(error, OSError) or is_lost(error):
             raise
         raise stop from error
+
+
+def raise_unheeded() -> None:
+    """Raise the interrupt that has arrived and that nothing has come of: a library has swallowed it.
+
+    Prefect does where one arrives as a flow ends, and so does who goes on without MLflow.
+    """
+    if (stop := noted()) is not None:
+        raise stop

@@ -1,4 +1,4 @@
-"""`fscil restore` and `fscil gc`: bring back a kept run or a part of it; show, and then delete, what nothing names.
+"""`fscil restore`: bring back a kept run or a part of it.
 
 A run is kept in DVC's cache after each epoch (tasks/versions.py). So runs/ may be deleted: a run, an epoch, a set of
 images or an adapter comes back by its place or by its digest, from the cache or from DVC's remote.
@@ -6,24 +6,14 @@ images or an adapter comes back by its place or by its digest, from the cache or
 
 import os
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from filelock import Timeout
-
-from flows.lineage import read_record
-from tasks.disk import Lock
-from tasks.records import AugmentationSet, Digest, EpochRecord, Frozen, SessionRecord, StageRecord
-from tasks.store import StoreError, remove
-from tasks.tracked import STAGES
+from tasks.records import Digest, Frozen
+from tasks.store import StoreError
 from tasks.versions import Pointer, Versions, below, find, pointer_of, read_pointer
 
 _DIGEST = re.compile(r"[0-9a-f]{32}(\.dir)?")
-_DAY_S = 86_400
-_ALWAYS_KEPT = "split"  # the benchmark's sessions, which all runs of a dataset share
 
 
 class Restored(Frozen):
@@ -112,156 +102,3 @@ def _by_digest(versions: Versions, digest: str) -> tuple[Pointer, str]:
 
 def _tops(names: Iterable[str]) -> str:
     return ", ".join(sorted({name.split("/")[0] for name in names}))
-
-
-# ------------------------------------------------------------------------------------------ what nothing names
-
-
-class Garbage(Frozen):
-    """What could go: sealed stages that no run in runs/ names, and what DVC says of its cache."""
-
-    stages: tuple[Path, ...]
-    stage_bytes: int
-    cache: str
-
-    def lines(self) -> list[str]:
-        """In words."""
-        named = [f"  {path}" for path in self.stages]
-        size = f"{self.stage_bytes / 2**20:,.1f} MiB"
-        return [
-            *named,
-            f"{len(self.stages)} sealed stages or leftovers that no run names, {size}",
-            self.cache,
-        ]
-
-
-def garbage(runs: Path, state: Path, days: float) -> Garbage:
-    """What nothing names any more and was last written more than some days ago.
-
-    Raises:
-        StoreError: a run is under way, whose stages are not named yet, or a link in ``runs`` points nowhere.
-        ValueError: a record is damaged, so what it names is not known.
-    """
-    _refuse_while_running(state)
-    stages = tuple(_unnamed(runs, state, days))
-    held = sum(_freed(folder) for folder in stages)
-    return Garbage(stages=stages, stage_bytes=held, cache=_dvc_gc(runs, dry=True))
-
-
-def collect_garbage(found: Garbage, runs: Path, state: Path) -> None:
-    """Delete what was shown: the stages, and from DVC's cache what neither this checkout nor any commit names.
-
-    Raises:
-        StoreError: a run was started meanwhile.
-    """
-    for folder in found.stages:
-        _refuse_while_running(state)
-        remove(folder)
-    _dvc_gc(runs, dry=False)
-
-
-def _refuse_while_running(state: Path) -> None:
-    for path in sorted((state / "locks").glob("*.lock")):
-        lock = Lock(path, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise StoreError(
-                f"a run is under way in {state}; `fscil gc` waits until it has ended: run it again then"
-            ) from error
-        lock.release()
-
-
-def _unnamed(runs: Path, state: Path, days: float) -> Iterator[Path]:
-    named, now = {_folder_of(record) for record in _stages_of(runs)}, time.time()
-    for folder in sorted((state / "stages").glob("*/*")):
-        old = now - folder.stat().st_mtime > days * _DAY_S
-        if folder.parent.name != _ALWAYS_KEPT and f"{folder.parent.name}/{folder.name}" not in named and old:
-            yield folder
-
-
-def _stages_of(runs: Path) -> Iterator[StageRecord]:
-    found: list[StageRecord | None] = []
-    for folder in _folders(runs):
-        path, inside = folder / "record.json", folder.parent.name.startswith("session-")
-        if not path.is_file():
-            continue
-        if folder.name.startswith("session-"):
-            session = read_record(path, SessionRecord)
-            found += [session.initial, session.test]
-        elif inside and folder.name.startswith("epoch-"):
-            epoch = read_record(path, EpochRecord)
-            found += [getattr(epoch, stage) for stage in STAGES]
-        elif inside and folder.name == "initial":
-            found.append(read_record(path, StageRecord[AugmentationSet]))
-    return (record for record in found if record is not None)
-
-
-def _folders(runs: Path) -> Iterator[Path]:
-    """All folders below one, through links too: runs may have been moved to another disk.
-
-    Raises:
-        StoreError: a link points nowhere, as where that disk is not mounted, so what it named is not known.
-        OSError: a folder may not be read.
-    """
-    seen = set()
-    for name, inner, files in os.walk(runs, followlinks=True, onerror=_unreadable(runs)):
-        folder, real = Path(name), os.path.realpath(name)
-        if real in seen:
-            inner.clear()
-            continue
-        seen.add(real)
-        for path in (folder / file for file in files):
-            if path.is_symlink() and not path.exists():
-                raise StoreError(
-                    f"{path} is a link that points nowhere, so what it named is not known and nothing can be deleted: "
-                    "mount what it points to, or remove it"
-                )
-        yield folder
-
-
-def _unreadable(runs: Path) -> Callable[[OSError], None]:
-    """What to do with a folder that cannot be listed: what it names is not known. Only the results may be missing."""
-
-    def refuse(error: OSError) -> None:
-        if runs.exists():
-            raise error
-
-    return refuse
-
-
-def _linked(runs: Path) -> Path | None:
-    """A link to a folder in the results, which DVC does not look through."""
-    return next((folder for folder in _folders(runs) if folder.is_symlink()), None)
-
-
-def _folder_of(record: StageRecord) -> str:
-    return f"{record.stage}/{record.fingerprint}"
-
-
-def _freed(folder: Path) -> int:
-    """Bytes that deleting a folder frees: files with other names elsewhere stay."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
-
-
-def _dvc_gc(runs: Path, *, dry: bool) -> str:
-    versions = Versions.around(runs)
-    if versions is None:
-        return "no DVC repository around, so no cache"
-    if link := _linked(runs):
-        return f"DVC's cache stays as it is: {link} is a link, and what lies behind it DVC would take for unnamed"
-    scope = [
-        "--workspace",
-        *(["--all-commits", "--all-experiments"] if (versions.repository / ".git").exists() else []),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "gc", *scope, "--force", *(["--dry"] if dry else [])],
-        cwd=versions.repository, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise StoreError(f"`dvc gc` failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
-    going = [
-        line.removeprefix("Removing ") for line in done.stdout.splitlines() if line.startswith("Removing ")
-    ]
-    held = sum(Path(name).stat().st_size for name in going if Path(name).is_file())
-    return f"{len(going)} objects of DVC's cache that no pointer, commit or experiment names, {held / 2**20:,.1f} MiB"

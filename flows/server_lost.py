@@ -83,7 +83,9 @@ def extra(what: str) -> Iterator[None]:
 
 def is_lost(error: Exception) -> bool:
     """Whether Prefect does not answer: its client raises httpx's errors, and a RuntimeError where it greets in vain."""
-    return isinstance(error, httpx.HTTPError) or "Failed to reach API" in str(error)
+    return isinstance(error, httpx.HTTPError) or (
+        type(error) is RuntimeError and "Failed to reach API" in str(error)  # a provider may say so too
+    )
 
 
 def _full_disk() -> str:

@@ -10,7 +10,7 @@ from prefect import flow
 
 from flows.config import ExperimentConfig
 from flows.epoch import run_epoch
-from flows.interrupts import interrupts_first
+from flows.interrupts import interrupts_first, raise_unheeded
 from flows.progress import say, say_epoch, session_line, show_session, tag_run
 from tasks.context import EpochContext
 from tasks.evaluate import evaluate_test, evaluate_zero_shot
@@ -119,6 +119,7 @@ def _learn(
         tracker.epoch(record, epoch_folder)
         say_epoch(record)
         records.append(record)
+        raise_unheeded()
         context = _starting(context, record.epoch + 1, record.next)
     return _Learned(initial, records, stop, records[-1].next)
 

@@ -48,8 +48,10 @@ def run_warm(arguments: Sequence[str]) -> int | None:
         watched = os.pidfd_open(dvc)
         if _dvc() != dvc:
             return EXIT_TERMINATED
-    except OSError:
+    except (ProcessLookupError, FileNotFoundError):
         return EXIT_TERMINATED  # DVC has gone
+    except OSError:
+        return None  # a kernel or container that has no such call, though Python has
     try:
         server = _handed_over(dvc, arguments)
     except OSError:

@@ -211,7 +211,7 @@ class Server:
         name = " ".join(given["arguments"])
         if made_from() != self._made_from:
             self._dismiss(lambda job: not job.asked)
-            connection.close()  # it runs by itself
+            _send_away(connection, streams)
             return None
         self._given = given
         if (cell := _cell_of(name)) in self._order:
@@ -223,7 +223,7 @@ class Server:
             job = self._jobs.get(name) or self._forked(name)
         except OSError as error:  # no room for another process
             print(f"{name}: {error}", file=sys.stderr, flush=True)
-            connection.close()
+            _send_away(connection, streams)
             return None
         if job is None:
             return {**given, "streams": streams}
@@ -248,16 +248,20 @@ class Server:
         """
         ours, its = socket.socketpair() if said is not None else (None, None)
         server = os.getpid()
+        child = None
         signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)  # until the other one is what it is to become
-        if (child := os.fork()) == 0:
-            _end_with_the_server(server)
-            warm.turn = its
-            self._forget(ours)
-            return None
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
-        if its is not None:
-            its.close()
-        self._jobs[name] = Job(name, child, os.pidfd_open(child), said, ours)
+        try:
+            if (child := os.fork()) == 0:
+                _end_with_the_server(server)
+                warm.turn = its
+                self._forget(ours)
+                return None
+        finally:
+            if child != 0:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
+                if its is not None:
+                    its.close()
+        self._jobs[name] = Job(name, child, _watched(child), said, ours)
         return self._jobs[name]
 
     def _forget(self, ours: socket.socket | None) -> None:
@@ -348,6 +352,27 @@ def made_from() -> list[Source]:
     return sorted(found)
 
 
+def _watched(child: int) -> int:
+    """A descriptor that tells that a child has ended; without one, as where there are too many, it is ended at once.
+
+    Raises:
+        OSError: the system allows none.
+    """
+    try:
+        return os.pidfd_open(child)
+    except OSError:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+
+
+def _send_away(connection: socket.socket, streams: list[int]) -> None:
+    """Let who came run by itself."""
+    connection.close()
+    for stream in streams:
+        os.close(stream)
+
+
 def _word_of(client: socket.socket) -> bytes:
     """What it says, which is nothing if it was killed."""
     try:
@@ -365,12 +390,17 @@ def all_stages(dvc: int) -> bool:
 
 def _received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     size, streams, _, _ = socket.recv_fds(connection, 8, 2)
-    message = b""
-    while len(message) < int.from_bytes(size, "big"):
-        if not (part := connection.recv(1 << 16)):
-            raise ConnectionError("who came has gone")
-        message += part
-    return json.loads(message), streams
+    try:
+        message = b""
+        while len(message) < int.from_bytes(size, "big"):
+            if not (part := connection.recv(1 << 16)):
+                raise ConnectionError("who came has gone")
+            message += part
+        return json.loads(message), streams
+    except BaseException:
+        for stream in streams:
+            os.close(stream)
+        raise
 
 
 def _end_with_the_server(server: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from filelock import AcquireReturnProxy, FileLock
 
+OURS = ("flows", "tasks")
 _GO_ON = "what is sealed is whole, and the same command goes on from there"
 _ROOM = {
     errno.ENOSPC: f"is on a disk that is full: make space there (`fscil gc` shows what no run names); {_GO_ON}",
@@ -96,5 +97,7 @@ def _there(path: Path) -> Path:
 def _number(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
+    if type(error).__module__.partition(".")[0] in OURS:
+        return None  # what a provider says may be quoted in it
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None

@@ -439,7 +439,16 @@ class Store:
 
     def run_lock(self, key: str) -> Lock:
         """The lock of one run key; the kernel frees it when its holder dies."""
-        return Lock(self._lock_path(f"run-{key}"), timeout=0)
+        path = self._lock_path(key)
+        return Lock(path.with_name(f"run-{path.name}"), timeout=0)
+
+    def run_locks(self) -> Iterable[Path]:
+        """The files of the locks of all run keys that were ever run."""
+        return (self.root / "locks").glob("run-*.lock")
+
+    def gc_lock(self) -> Lock:
+        """The lock that who deletes from the store holds, and that runs wait for before they begin."""
+        return self.lock("gc")
 
     def track_lock(self, key: str) -> Lock:
         """The lock of one run key's runs in MLflow, held by the run itself and by who writes them again."""

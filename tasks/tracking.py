@@ -266,7 +266,7 @@ class Tracker:
         if self.run_id is None:
             return
         self._runs.log(self.run_id, tags={ERROR_TAG: f"{type(error).__name__}: {first_line(error)}"[:500]})
-        self._stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        self._stop("FAILED" if isinstance(error, Exception) else "KILLED")
 
     @_guarded
     def stop(self) -> None:

@@ -51,7 +51,7 @@ MOMENTS = {
     "sealing": "state/stages/*/*.partial/timing.json",
     "exporting": "runs/digits/guided/seed-0/session-*/.*.tmp",
     "MLflow": "mlflow.db-journal",
-    "DVC's cache": "runs/digits/guided/.seed-0.*.tmp",
+    "DVC's cache": "runs/digits/guided/.*seed-0.*.tmp",
     "any time": "",
 }
 SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}

@@ -16,6 +16,7 @@ from tasks.records import ArtifactRef, Frozen, StageRecord
 from tasks.store import StageFolder, Store, artifacts_of, digest_of, export, write_atomic
 from tasks.tracking_runs import make_database
 from tasks.versions import Versions
+from tasks.vlm.transport import VlmError
 from tests.conftest import ROOT
 from tests.small_disk import small_disk
 from tests.test_versions import repository
@@ -69,6 +70,8 @@ def test_a_library_in_rust_is_understood_too(tmp_path: Path) -> None:
         SafetensorError("Error while serializing: No space left on device (os error 28)"), tmp_path
     )
     assert str(said).startswith(f"{tmp_path} is on a disk that is full")
+    quoted = VlmError("the VLM failed (500): No space left on device (os error 28)")
+    assert sentence_of(quoted, tmp_path) is None, "a provider's disk is not this machine's"
 
 
 def test_a_copy_is_of_the_target_not_of_the_source(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
+from prefect.exceptions import TerminationSignal
 from pydantic import ValidationError
 from sqlalchemy import Engine, event
 
@@ -300,15 +301,18 @@ def test_a_run_stopped_halfway_is_taken_up_again(settings: TrackingSettings, mad
     assert ERROR_TAG not in seen.parents[0].data.tags
 
 
-def test_an_error_that_leaves_the_block_marks_the_run(
-    settings: TrackingSettings, made: FabricatedRun
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), TerminationSignal(signal=signal.SIGTERM)], ids=repr)
+def test_an_interrupt_that_leaves_the_block_marks_the_run(
+    stop: BaseException, settings: TrackingSettings, made: FabricatedRun
 ) -> None:
+    """While a flow runs, SIGTERM is Prefect's to raise."""
+
     def interrupted() -> None:
         with Tracker.of(settings, made.store, made.run) as tracker:
             tracker.start(made.config, PROVENANCE)
-            raise KeyboardInterrupt
+            raise stop
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(stop)):
         interrupted()
     assert [run.info.status for run in Seen(settings).parents] == ["KILLED"]
 

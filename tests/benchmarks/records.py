@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from flows.garbage import garbage
 from flows.report import build
-from flows.restore import garbage
 from flows.trace import trace
 from tests.benchmarks.measuring import Call, Plan, Row
 from tests.helpers import fabricate_run

@@ -22,7 +22,16 @@ from prefect.utilities.callables import cloudpickle_wrapped_call
 from prefect.utilities.engine import capture_sigterm
 
 from flows.__main__ import main
-from flows.cli import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USAGE, Terminated, fail, stop_under, terminable
+from flows.cli import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    EXIT_USAGE,
+    Terminated,
+    fail,
+    noted,
+    stop_under,
+    terminable,
+)
 from flows.experiment import fscil
 from flows.interrupts import interrupts_first
 from flows.session import run_session
@@ -152,6 +161,24 @@ def test_what_another_library_waits_for_signals_with_is_given_back() -> None:
         os.close(written)
     assert os.read(heard, 8) == b""
     os.close(heard)
+
+
+def test_an_interrupt_that_was_swallowed_ends_the_run_after_the_epoch(
+    digits: Path, tmp_path: Path, prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by who goes on without MLflow, or by Prefect as a flow ends."""
+    place, epochs = Place(tmp_path, digits), []
+
+    def swallows(*_: object) -> None:
+        epochs.append(1)
+        with suppress(KeyboardInterrupt, TerminationSignal):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("flows.session.say_epoch", swallows)
+    with pytest.raises(Terminated), terminable():
+        fscil("digits", "finetune", 0, place.overrides())
+    assert len(epochs) == 1
+    assert noted() is None, "the next command knows nothing of it"
 
 
 def test_other_errors_that_python_drops_are_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from flows.config import load_config
 from flows.experiment import RunError, fscil, preflight
-from flows.restore import collect_garbage, garbage, restore
+from flows.garbage import collect_garbage, garbage
+from flows.restore import restore
 from tasks.store import StoreError, digest_of
 from tasks.versions import Versions
 from tests.conftest import Place
@@ -35,26 +36,6 @@ def test_what_a_linked_run_folder_points_to_is_never_deleted(finished: Place, tm
     change(place, "runtime.replace=true")
     assert not place.run("guided").exists()
     assert digest_of(elsewhere) == before
-
-
-def test_a_run_that_was_moved_to_another_disk_and_linked_is_no_garbage(
-    finished: Place, tmp_path: Path
-) -> None:
-    place = Place(made(tmp_path / "place"))
-    for name in ("state", "runs"):
-        shutil.copytree(finished.root / name, place.root / name)
-    runs, state = place.root / "runs", place.root / "state"
-    assert garbage(runs, state, -1).stages == ()
-    elsewhere = (runs / "digits").rename(tmp_path / "another disk")
-    (runs / "digits").symlink_to(elsewhere)
-    found = garbage(runs, state, -1)
-    assert found.stages == ()
-    assert f"stays as it is: {runs / 'digits'} is a link" in found.cache
-    elsewhere.rename(tmp_path / "not mounted")
-    with pytest.raises(StoreError, match=r"runs/digits is a link that points nowhere.*mount"):
-        garbage(runs, state, -1)
-    (runs / "digits").unlink()
-    assert garbage(runs, state, -1).stages, "what nothing names any more"
 
 
 def test_nothing_is_restored_through_a_linked_run_folder(tmp_path: Path) -> None:

@@ -200,6 +200,11 @@ def test_other_errors_stay_as_they_are() -> None:
     ):
         raise RuntimeError("Failed to reach API at somewhere")
     with (
+        pytest.raises(VlmError, match=r"^the VLM failed"),
+        told_if_lost("http://127.0.0.1:1/api", known_errors),
+    ):
+        raise VlmError("the VLM failed (502): Failed to reach API")
+    with (
         pytest.raises(RuntimeError, match=r"^out of memory$"),
         told_if_lost("http://127.0.0.1:1/api", known_errors),
     ):

@@ -1,5 +1,6 @@
 """The process that runs the experiments of one `dvc repro`, with experiments that do as they are told, and a `dvc` that asks."""
 
+import errno
 import json
 import os
 import signal
@@ -212,6 +213,11 @@ def test_who_comes_after_the_code_was_changed_runs_by_itself(dvc: Dvc) -> None:
     dvc.let("go-0")
     assert dvc.said()[-1] == "code 0"
     assert dvc.run(1)[-1] == "code 77", "run_warm returned None"
+    opened = Path("/proc") / (dvc.folder / "server.pid").read_text() / "fd"
+    before = len(list(opened.iterdir()))
+    for _ in range(3):
+        assert dvc.run(1)[-1] == "code 77"
+    assert len(list(opened.iterdir())) == before, "it lets go of what they brought"
     assert "cell digits ncm 1: 143, begun ahead and not asked for" in dvc.log()
 
 
@@ -250,6 +256,14 @@ def test_a_dvc_that_has_gone_is_not_taken_for_another_process(monkeypatch: pytes
         assert warm._dvc() == found
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert warm.run_warm(["cell"]) == warm.EXIT_TERMINATED
+    monkeypatch.setattr(os, "getppid", lambda: 7)
+    for number, code in ((errno.ESRCH, warm.EXIT_TERMINATED), (errno.ENOSYS, None), (errno.EPERM, None)):
+
+        def opened(_: int, number: int = number) -> int:
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(os, "pidfd_open", opened)
+        assert warm.run_warm(["cell"]) == code, "an old kernel, or a container that allows it not"
 
 
 def test_what_dvc_is_about_to_run(tmp_path: Path) -> None:
