@@ -23,7 +23,11 @@ def stage_progress(stage: str, place: str, clock: Callable[[], float] = time.mon
 
 
 class _StageProgress:
-    """Costs a clock's reading a call; each few seconds one request. A server that fails ends it, not the stage."""
+    """Costs a clock's reading a call; each few seconds one request. A server that fails ends it, not the stage.
+
+    Nor does one that hangs hold it up: who tells may be a loop to which paid answers are on their way. Only what is
+    complete is shown before the stage goes on.
+    """
 
     def __init__(self, stage: str, place: str, clock: Callable[[], float]) -> None:
         self._stage, self._place, self._clock = stage, place, clock
@@ -31,17 +35,27 @@ class _StageProgress:
         self._context = copy_context()  # the task's run, for threads that know of none
         self._lock = threading.Lock()
         self._artifact: UUID | None = None
+        self._begun = False
 
     def tell(self, phase: str, done: int, total: int) -> None:
         """Show it if it is time to, and where a shown stage or phase is complete."""
-        complete = self._artifact is not None and done >= total
-        if (self._clock() < self._due and not complete) or not self._lock.acquire(blocking=False):
+        complete = self._begun and done >= total
+        if (self._clock() < self._due and not complete) or not self._lock.acquire(blocking=complete):
             return
+        self._due = max(self._due, self._clock() + EVERY_S)
+        if complete:
+            self._send(phase, done, total)
+        else:
+            self._begun = True
+            threading.Thread(target=self._send, args=(phase, done, total), daemon=True).start()
+
+    def _send(self, phase: str, done: int, total: int) -> None:
+        """Show it and release the lock, which who calls has taken."""
         try:
-            self._context.run(self._show, phase, done, total)
-            self._due = self._clock() + EVERY_S
+            if self._begun:
+                self._context.run(self._show, phase, done, total)
         except Exception as error:  # whatever a server or the way to it may raise: the stage is worth more
-            self._due, self._artifact = float("inf"), None
+            self._due, self._begun = float("inf"), False
             log.warning("Prefect takes no progress of %s (%s: %s)", self._stage, type(error).__name__, error)
         finally:
             self._lock.release()

@@ -72,7 +72,11 @@ def _track(run: RunFolder, key: str, store: Store, settings: TrackingSettings) -
 
 def _track_alone(run: RunFolder, key: str, store: Store, settings: TrackingSettings) -> Tracked:
     tracker = Tracker(settings, store, key)
-    tracker.start(read_json(run.root / "config.json"), run.provenance(store.root))
+    tracker.start(
+        read_json(run.root / "config.json"),
+        run.provenance(store.root),
+        goes_on=(run.root / "experiment.json").is_file(),
+    )
     places, names = run.places(), _class_names(run)
     sessions = sorted(run.root.glob("session-*"))
     for index, folder in enumerate(sessions):

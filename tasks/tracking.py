@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self
 
@@ -103,6 +104,10 @@ def _guarded(
     return guarded
 
 
+PARTING_S = 10.0
+"""What MLflow is waited for, in seconds, where a run is asked to end: it may hang."""
+
+
 class TrackingError(OSError):
     """MLflow failed, and the settings say that this stops the run."""
 
@@ -133,6 +138,7 @@ class Tracker:
         self.run_key = run_key
         self.run_id: str | None = None
         self.usable = settings.enabled
+        self._goes_on = True
         self._key = run_key
         self._classes: dict[int, str] = {}
         self._runs = Runs(settings)
@@ -151,18 +157,24 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Record an error that leaves the block; it is not swallowed."""
+        parting = Thread(target=self._part, args=[error], daemon=True)
+        parting.start()
+        parting.join(None if error is None or isinstance(error, Exception) else PARTING_S)
+
+    def _part(self, error: BaseException | None) -> None:
         self._machine.close()
         if error is not None:
             self.fail(error)
 
     @_guarded
-    def start(self, config: Mapping[str, object], origin: Provenance | None) -> None:
+    def start(self, config: Mapping[str, object], origin: Provenance | None, *, goes_on: bool = True) -> None:
         """Find the run of this key and these settings, or create it; set it running unless it has finished.
 
         Args:
             config: the settings that make the result, nested; shown as params, and their digest is part of
                 the key. A param that is already there keeps its value, as MLflow demands.
             origin: who and what makes the run, where it is known; shown as tags, overwritten on every start.
+            goes_on: False where it is only told again; a run or session that failed then stays so, with its error.
         """
         self._key = f"{self.run_key}@{content_id(json.dumps(config, sort_keys=True, default=str))[:12]}"
         with self.store.lock("mlflow"):  # of two that make the database's tables at once, one would fail
@@ -171,7 +183,9 @@ class Tracker:
         self.run_id = run.info.run_id
         self._runs.log_params(run, flat(config))
         self._runs.log(self.run_id, tags=provenance_tags(origin) if origin else {})
-        self._runs.reopen(run)
+        self._goes_on = goes_on
+        if goes_on:
+            self._runs.reopen(run)
 
     def page(self, session: int | None = None) -> str | None:
         """The address of the run's page in MLflow's UI, or of a session's; None where nothing of it is there."""
@@ -199,7 +213,8 @@ class Tracker:
             folder: where its images and manifest were exported.
         """
         child = self._child(index)
-        self._runs.reopen(child)
+        if self._goes_on:
+            self._runs.reopen(child)
         if initial is not None:
             self._log_set(child, initial, folder)
 
@@ -270,8 +285,9 @@ class Tracker:
 
     @_guarded
     def stop(self) -> None:
-        """End the parent and its open sessions as KILLED: the run stopped before its end, nobody knows why."""
-        self._stop("KILLED")
+        """End the parent and its sessions, where they are open, as KILLED: nobody knows why the run stopped."""
+        if self._runs.client.get_run(self._parent).info.status == "RUNNING":
+            self._stop("KILLED")
 
     def _stop(self, status: str) -> None:
         for child in self._runs.search(f"tags.`mlflow.parentRunId` = '{self._parent}'"):
@@ -364,9 +380,12 @@ class Tracker:
         try:
             self._runs.client.get_registered_model(model)
         except MlflowException:
-            self._runs.client.create_registered_model(model, description="LoRA adapters, one a session")
+            try:
+                self._runs.client.create_registered_model(model, description="LoRA adapters, one a session")
+            except MlflowException:  # another run of the method was quicker
+                self._runs.client.get_registered_model(model)
         known = self._runs.client.search_model_versions(f"name = '{model}'")
-        if any(version.run_id == child.info.run_id for version in known):
+        if any(v.run_id == child.info.run_id and v.tags.get("dvc.md5") == digest for v in known):
             return
         self._runs.client.create_model_version(
             model,

@@ -178,7 +178,7 @@ class Runs:
     def points(
         self, run_id: str, metrics: Mapping[str, float], step: int, timestamp: int | None
     ) -> "list[Metric]":
-        """Points at a known time, which MLflow keeps once; without one, only points that are not there."""
+        """Points at a known time, which MLflow keeps once; without one, only those whose last value there is another."""
         from mlflow.entities import Metric
 
         if timestamp is not None:
@@ -187,8 +187,13 @@ class Runs:
         return [
             Metric(name, value, now, step)
             for name, value in metrics.items()
-            if all(point.step != step for point in self.client.get_metric_history(run_id, name))
+            if self._last(run_id, name, step) != value
         ]
+
+    def _last(self, run_id: str, name: str, step: int) -> float | None:
+        """The value of the newest point at a step."""
+        there = [point for point in self.client.get_metric_history(run_id, name) if point.step == step]
+        return max(there, key=lambda point: point.timestamp).value if there else None
 
     def log_table(self, run_id: str, name: str, table: Mapping[str, object], work: Path) -> None:
         """Log a table, and tell MLflow's UI that it is one, as far as one tag can hold. ``work`` is a folder to write in."""

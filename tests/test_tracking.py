@@ -13,6 +13,7 @@ import threading
 from contextlib import closing
 from io import StringIO
 from pathlib import Path
+from threading import Event
 
 import pandas
 import pytest
@@ -259,6 +260,57 @@ def test_telling_it_all_again_changes_nothing(settings: TrackingSettings, made: 
     before = Seen(settings).everything()
     tell(settings, made)
     assert Seen(settings).everything() == before
+
+
+def test_results_of_other_data_take_the_place_of_the_old_ones(
+    settings: TrackingSettings, made: FabricatedRun
+) -> None:
+    """As after runtime.replace=true, with the same settings: the same run of MLflow."""
+    tell(settings, made)
+    accuracy = made.experiment.sessions[-1]
+    counts = tuple(count.model_copy(update={"correct": 0}) for count in accuracy.counts)
+    worse = made.experiment.model_copy(
+        update={"sessions": (*made.experiment.sessions[:-1], accuracy.model_copy(update={"counts": counts}))}
+    )
+    tracker = Tracker(settings, made.store, made.run)
+    tracker.start(made.config, PROVENANCE)
+    for _ in range(2):
+        tracker.finish(worse)
+    (run,) = Seen(settings).parents
+    assert run.data.metrics["result/A_last"] == 0
+    history = Seen(settings).client.get_metric_history(run.info.run_id, "result/A_last")
+    assert len(history) == 2, "once each"
+
+
+def test_two_runs_may_make_the_methods_model_at_once(
+    settings: TrackingSettings, made: FabricatedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = MlflowClient.create_registered_model
+
+    def quicker(self: MlflowClient, name: str, **about: object) -> object:
+        create(self, name)
+        return create(self, name, **about)
+
+    monkeypatch.setattr(MlflowClient, "create_registered_model", quicker)
+    assert tell(settings, made).usable
+    assert len(Seen(settings).client.search_model_versions()) == 2
+
+
+def test_an_mlflow_that_hangs_does_not_keep_a_run_from_ending(
+    settings: TrackingSettings, made: FabricatedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = Event()
+    monkeypatch.setattr("tasks.tracking.PARTING_S", 0.1)
+    monkeypatch.setattr(Tracker, "fail", lambda *_: goes_on.wait(60))
+
+    def interrupted() -> None:
+        with Tracker.of(settings, made.store, made.run):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not goes_on.is_set()
+    goes_on.set()
 
 
 def test_a_kill_between_two_writes_leaves_no_doubles(settings: TrackingSettings, made: FabricatedRun) -> None:

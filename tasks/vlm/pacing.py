@@ -7,6 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+MOST_TIMES, MOST_TOKENS = 10, 4096
+"""What a server says that a request took counts for so many times the guess, or so many tokens, at most: some talk
+nonsense, and a run that believed one would wait for days."""
+
 LONGEST_WAIT = 300.0
 """Seconds. A server that asks for more is not waited for: the run stops and can be resumed."""
 
@@ -40,7 +44,7 @@ class Pace:
 
     def correct(self, reserved: int, used: int) -> None:
         """Put right what :meth:`reserve` was told, now that the number of tokens is known."""
-        self._tokens_free += (used - reserved) * self._per_token
+        self._tokens_free += (_likely(used, reserved) - reserved) * self._per_token
 
     def hold(self, seconds: float) -> None:
         """Send nothing more for so long: a server asked for it."""
@@ -64,10 +68,15 @@ class Guess:
 
     def learn(self, characters: int, images: int, used: int) -> None:
         """Remember what such a request really read."""
-        self._scale = max(self._scale, used / self._plain(characters, images))
+        plain = self._plain(characters, images)
+        self._scale = max(self._scale, _likely(used, plain) / plain)
 
     def _plain(self, characters: int, images: int) -> float:
         return 16 + characters / 3 + images * self._per_image
+
+
+def _likely(used: float, guess: float) -> float:
+    return min(used, max(MOST_TIMES * guess, MOST_TOKENS))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tasks.hub import HubError, hub_file
 from tasks.images import READ_FORMATS
 from tasks.records import Digest, Usage
 from tasks.store import digest_of
@@ -25,10 +26,10 @@ from tasks.vlm.transport import VlmError, VlmUnavailableError
 
 
 def model_digest(settings: VlmSettings) -> Digest:
-    """The content id of a model: of its folder's files, or the pinned name of one on a hub.
+    """The content id of a model: of its folder's files, or a hub's commit.
 
     Raises:
-        VlmUnavailableError: neither a model's folder nor an ``owner/name``.
+        VlmUnavailableError: neither a model's folder nor an ``owner/name`` that is here or at the hub.
     """
     folder = Path(settings.model)
     if folder.is_dir():
@@ -38,7 +39,16 @@ def model_digest(settings: VlmSettings) -> Digest:
         raise VlmUnavailableError(
             f"vlm.model={settings.model!r} does not exist; give a model's folder or a hub's owner/name"
         )
-    return Digest(f"hub:{settings.model}@{settings.revision or 'main'}")
+    return Digest(f"hub:{settings.model}@{_commit(settings)}")
+
+
+def _commit(settings: VlmSettings) -> str:
+    """What a hub's model is now or, where this machine has it already, was when it was fetched."""
+    remedy = "name a model's folder as vlm.model, or fetch it where there is a network"
+    try:
+        return hub_file(settings.model, "config.json", settings.revision, remedy).parent.name
+    except HubError as error:
+        raise VlmUnavailableError(f"cannot load vlm.model={settings.model!r}: {error}") from error
 
 
 def _check_folder(folder: Path) -> None:
@@ -64,6 +74,8 @@ class TransformersClient(ChatClient):
         """
         digest = model_digest(settings)
         mark = digest.removeprefix("hub:") if digest.startswith("hub:") else digest[:12]
+        if digest.startswith("hub:"):  # what is loaded is what was named, whatever the hub has by then
+            settings = settings.model_copy(update={"revision": digest.rpartition("@")[2]})
         name = f"{Path(settings.model).name}@{mark}, {settings.dtype}, batches of {settings.batch}"
         self._settings = settings
         self._sampling = settings.sampling.model_copy(update={"model": name})

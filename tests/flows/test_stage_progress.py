@@ -14,6 +14,7 @@ from prefect.context import FlowRunContext
 
 from flows import stage_progress as module
 from flows.stage_progress import AFTER_S, EVERY_S, stage_progress
+from tasks.progress import Told
 
 
 @dataclass
@@ -65,6 +66,12 @@ def test_a_short_stage_leaves_no_artifact(prefect_server: None) -> None:
     assert shown_by(drawing) == []
 
 
+def settled(told: Told) -> None:
+    """Wait for what is shown beside the stage."""
+    with told.__self__._lock:  # type: ignore[attr-defined]
+        pass
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The percentages that a server would be sent."""
@@ -85,6 +92,7 @@ def test_updates_are_seconds_apart(asked: list[float]) -> None:
     for done in range(1, 1001):  # a minute of 1,000 updates
         clock.now += 0.06
         told("", done, 1000)
+        settled(told)
     assert 2 < len(asked) <= 1 + (60 - AFTER_S) / EVERY_S + 1
     assert asked[-1] == 100
 
@@ -104,7 +112,30 @@ def test_a_server_that_fails_is_asked_once_and_the_stage_goes_on(
     for done in range(1, 11):
         clock.now += AFTER_S
         told("", done, 10)
+        settled(told)
     assert calls == [10.0]
     assert [record.message for record in caplog.records] == [
         "Prefect takes no progress of tuning (ConnectionError: gone)"
     ]
+
+
+def test_a_server_that_hangs_holds_the_stage_up_at_its_end_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the answers that arrive meanwhile would be too late, and be paid for again."""
+    answers, sent = threading.Event(), []
+
+    def hang(percent: float, _key: str, _said: str) -> UUID:
+        answers.wait(60)
+        sent.append(percent)
+        return UUID(int=1)
+
+    monkeypatch.setattr(module, "create_progress_artifact", hang)
+    monkeypatch.setattr(module, "update_progress_artifact", lambda _id, percent, _said: sent.append(percent))
+    clock = Clock()
+    told = stage_progress("comparing", "session 0 epoch 0", clock)
+    for done in range(1, 10):
+        clock.now += AFTER_S
+        told("", done, 10)
+    assert sent == []
+    threading.Timer(0.2, answers.set).start()
+    told("", 10, 10)
+    assert sent == [10.0, 100.0]

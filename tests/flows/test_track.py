@@ -14,7 +14,7 @@ from flows.config import load_config
 from flows.experiment import fscil
 from flows.track import track
 from tasks.store import Store
-from tasks.tracking_runs import TrackingSettings
+from tasks.tracking_runs import ERROR_TAG, TrackingSettings
 from tests.conftest import Place
 
 
@@ -72,6 +72,24 @@ def test_a_run_that_stopped_before_its_end_says_so(finished: Place, tmp_path: Pa
     assert {run.info.run_name: run.info.status for run in found} == {
         "digits/guided/seed-0": "KILLED", "session-00": "FINISHED", "session-01": "FINISHED", "session-02": "KILLED",
     }  # fmt: skip
+
+
+def test_a_run_that_failed_stays_so_when_it_is_told_again(finished: Place, tmp_path: Path) -> None:
+    runs, settings = tmp_path / "runs", settings_at(tmp_path)
+    shutil.copytree(finished.root / "runs", runs)
+    run = runs / "digits" / "guided" / "seed-0"
+    (run / "experiment.json").unlink()
+    list(track(runs, finished.root / "state", settings))
+    client = MlflowClient(settings.uri)
+    (parent,) = client.search_runs(
+        [e.experiment_id for e in client.search_experiments()], "attributes.run_name = 'digits/guided/seed-0'"
+    )
+    client.set_terminated(parent.info.run_id, "FAILED")
+    client.set_tag(parent.info.run_id, ERROR_TAG, "ValueError: session 1: diverged")
+    list(track(runs, finished.root / "state", settings))
+    again = client.get_run(parent.info.run_id)
+    assert again.info.status == "FAILED"
+    assert again.data.tags[ERROR_TAG] == "ValueError: session 1: diverged"
 
 
 def test_a_run_in_the_hands_of_another_process_is_left_alone(

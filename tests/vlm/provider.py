@@ -71,6 +71,7 @@ class Provider(ThreadingHTTPServer):
         self.sent: list[dict[str, Any]] = []  # bodies, in the order of arrival
         self.times: list[float] = []
         self.keys: set[str] = set()
+        self.headers: list[dict[str, str]] = []
         self.seen: list[str] = []  # what was asked for by GET
         self.listing = Act(404, body={})  # the list of models
         self.billed: Counter[str] = Counter()  # good answers by question
@@ -121,6 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.keys.add(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
         self.server.count(1)
         act = self.server.next_act(body)
         time.sleep(act.hang)

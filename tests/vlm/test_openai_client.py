@@ -306,6 +306,19 @@ def test_a_key_that_the_server_echoes_is_nowhere_to_be_found(
     assert json.dumps(vlm._settings.model_dump(mode="json")).count("SOME_KEY") == 1
 
 
+def test_headers_of_the_environment_are_sent_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: Bearer {KEY}\nx-gateway: {KEY}")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-mine")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-mine")
+    with providing() as provider:
+        client(provider.base_url, tmp_path / "paid", api_key_env=None).complete(ask())
+        assert provider.keys == {"none"}
+        (sent,) = provider.headers
+    assert not {"x-gateway", "openai-organization", "openai-project"} & set(sent)
+
+
 def test_a_key_in_the_place_of_its_variable_is_refused_and_not_repeated() -> None:
     from flows.config import ConfigError, load_config
 

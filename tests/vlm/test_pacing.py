@@ -30,6 +30,19 @@ def test_tokens_wait_for_those_before_them_and_are_put_right() -> None:
     assert pace.reserve(1) == pytest.approx(1.51 + 2)
 
 
+def test_nonsense_of_a_server_does_not_hold_a_run_up_for_days() -> None:
+    pace, guess = Pace(None, 6000, Clock()), Guess(per_image=100)
+    pace.reserve(100)
+    pace.correct(reserved=100, used=500_000_000)
+    assert pace.reserve(1) == pytest.approx(40.96)
+    guess.learn(300, 1, used=500_000_000)
+    assert guess.tokens(300, 1) == 4096
+    guess.learn(3000, 1, used=500_000_000)
+    assert guess.tokens(3000, 1) == pytest.approx(4096 / 216 * 1116, abs=1), (
+        "of those seen the largest excess"
+    )
+
+
 def test_the_stricter_of_two_limits_counts() -> None:
     pace = Pace(60, 6000, Clock())
     assert [pace.reserve(300), pace.reserve(1), pace.reserve(1)] == pytest.approx([0, 3, 4])

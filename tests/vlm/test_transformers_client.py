@@ -119,7 +119,32 @@ def test_its_name_says_which_weights_and_its_path_is_in_no_record(folder: Path, 
     assert vlm_digest(settings(folder)) == model_digest(settings(folder)) != vlm_digest(settings(other))
     assert settings(folder).identity == settings(other).identity
     assert settings(folder).identity != settings(folder, dtype="bfloat16").identity
-    assert model_digest(settings("owner/name", revision="abc")) == "hub:owner/name@abc"
+
+
+def test_a_hubs_model_is_the_commit_that_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its branch has become meanwhile; and without one here or there nothing begins."""
+    asked: list[tuple[str, str | None]] = []
+
+    def fetched(repo: str, name: str, revision: str | None, _remedy: str) -> Path:
+        asked.append((repo, revision))
+        return tmp_path / "snapshots" / "0a1b2c" / name
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tasks.vlm.transformers_client.hub_file", fetched)
+        for revision in (None, "main"):
+            chosen = settings("owner/name", revision=revision)
+            assert model_digest(chosen) == "hub:owner/name@0a1b2c"
+            client = TransformersClient(chosen, CPU)
+            assert client.sampling.model.startswith("name@owner/name@0a1b2c")
+            assert client._settings.revision == "0a1b2c", "what is loaded is what was named"
+    assert asked == [("owner/name", None)] * 2 + [("owner/name", "main")] * 2
+    monkeypatch.setattr("tasks.hub.HfApi.model_info", refuse)
+    with pytest.raises(VlmUnavailableError, match=r"owner/name.*not on this machine.*name a model's folder"):
+        model_digest(settings("owner/name"))
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise ConnectionError("no network")
 
 
 @pytest.mark.parametrize("damage", ["no weights", "no config", "pickle only", "nowhere", "another kind"])
