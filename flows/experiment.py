@@ -349,7 +349,7 @@ def _make_way(folder: Path, config: ExperimentConfig) -> None:
             "Move or delete that folder, set runtime.runs= to another one, or runtime.replace=true to replace it"
         )
     if changed:
-        remove(folder)
+        _remove_at_once(folder)
 
 
 def _inputs(config: ExperimentConfig, benchmark: Benchmark) -> dict[str, str]:
@@ -373,4 +373,12 @@ def _refuse_other_inputs(folder: Path, now: Mapping[str, str], replace: bool) ->
             "changed by mistake, or give runtime.replace=true to begin anew with what is there now"
         )
     if changed:
-        remove(folder)
+        _remove_at_once(folder)
+
+
+def _remove_at_once(folder: Path) -> None:
+    """Delete a run's folder; a kill leaves either all of it or what the next start clears away, not half a run."""
+    aside = folder.with_name(f".{folder.name}.replaced.tmp")
+    remove(aside)
+    folder.rename(aside)
+    remove(aside)

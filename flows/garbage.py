@@ -50,10 +50,10 @@ class ResultsNote(Frozen):
     absolute: str
     relative: str
 
-    def found(self, state: Path) -> Path | None:
-        """The folder; None where neither name leads to one."""
+    def found(self, state: Path) -> list[Path]:
+        """The folders that the two names lead to; an empty one is a place where a disk is not mounted."""
         places = (Path(os.path.normpath(state.absolute() / self.relative)), Path(self.absolute))
-        return next((place for place in places if place.is_dir()), None)
+        return [place for place in places if place.is_dir() and any(place.iterdir())]
 
 
 def note_results(state: Path, runs: Path) -> None:
@@ -64,7 +64,7 @@ def note_results(state: Path, runs: Path) -> None:
     """
     absolute = os.path.abspath(runs)
     note = ResultsNote(absolute=absolute, relative=os.path.relpath(absolute, os.path.abspath(state)))
-    path = state / "results" / f"{sha256(note.relative.encode()).hexdigest()[:32]}.json"
+    path = state / "results" / f"{sha256(note.model_dump_json().encode()).hexdigest()[:32]}.json"
     if not path.is_file():
         write_json(path, note)
 
@@ -125,12 +125,12 @@ def _places(runs: Path, state: Path) -> list[Path]:
     places = {os.path.realpath(runs): runs} if runs.is_dir() else {}
     for path in sorted((state / "results").glob("*.json")):
         note = read_record(path, ResultsNote)
-        if (place := note.found(state)) is None:
+        if not (found := note.found(state)):
             raise StoreError(
-                f"{note.absolute}, where runs of {state} have their results, is not there, so what they name is not known "
-                f"and nothing can be deleted: mount its disk, or, if it was deleted for good, delete {path} too"
+                f"{note.absolute}, where runs of {state} have their results, is not there or empty, so what they name is "
+                f"not known and nothing can be deleted: mount its disk, or, if it was deleted for good, delete {path} too"
             )
-        places.setdefault(os.path.realpath(place), place)
+        places |= {os.path.realpath(place): place for place in found}
     return list(places.values())
 
 
@@ -200,37 +200,30 @@ def _dvc_gc(runs: Path, places: list[Path], *, dry: bool) -> str:
     versions = Versions.around(runs)
     if versions is None:
         return "no DVC repository around, so no cache"
-    if (hidden := _hidden(versions, places)) is not None:
-        return f"DVC's cache stays as it is: {hidden} DVC would take for unnamed"
-    scope = [
-        "--workspace",
-        *(["--all-commits", "--all-experiments"] if (versions.repository / ".git").exists() else []),
-    ]
+    if link := next((folder for place in places for folder in _folders(place) if folder.is_symlink()), None):
+        return f"DVC's cache stays as it is: {link} is a link, and what lies behind it DVC would take for unnamed"
+    with versions.alone():
+        going = _going(versions, "--dry")
+        if (unseen := versions.pointer_to(going)) is not None:
+            return (
+                f"DVC's cache stays as it is: DVC does not see {pointer_of(unseen.folder)}, which git or .dvcignore hides "
+                "from it, and would take what it names for unnamed"
+            )
+        held = sum(path.stat().st_size for path in going if path.is_file())
+        if not dry:
+            _going(versions)
+    return f"{len(going)} objects of DVC's cache that no pointer, commit or experiment names, {held / 2**20:,.1f} MiB"
+
+
+def _going(versions: Versions, *options: str) -> list[Path]:
+    """What `dvc gc` removes, or would."""
+    if versions.has_commits:
+        options = ("--all-commits", "--all-experiments", *options)
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "gc", *scope, "--force", *(["--dry"] if dry else [])],
+        [sys.executable, "-m", "dvc", "gc", "--workspace", "--force", *options],
         cwd=versions.repository, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         raise StoreError(f"`dvc gc` failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
-    going = [
-        line.removeprefix("Removing ") for line in done.stdout.splitlines() if line.startswith("Removing ")
-    ]
-    held = sum(Path(name).stat().st_size for name in going if Path(name).is_file())
-    return f"{len(going)} objects of DVC's cache that no pointer, commit or experiment names, {held / 2**20:,.1f} MiB"
-
-
-def _hidden(versions: Versions, places: list[Path]) -> str | None:
-    """What DVC does not see of the pointers in a repository: it looks neither through links nor at what git ignores."""
-    for place in places:
-        if link := next((folder for folder in _folders(place) if folder.is_symlink()), None):
-            return f"{link} is a link, and what lies behind it"
-    pointers = [str(pointer_of(pointer.folder)) for pointer in versions.pointers()]
-    if not pointers or not (versions.repository / ".git").exists():
-        return None
-    asked = subprocess.run(
-        ["git", "check-ignore", "-z", "--stdin"],
-        cwd=versions.repository, input="\0".join(pointers), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if asked.returncode > 1:
-        raise StoreError(f"`git check-ignore` failed: {asked.stderr.strip()}")
-    return f"git ignores {asked.stdout.split(chr(0))[0]}, and what it names" if asked.stdout else None
+    lines = done.stdout.splitlines()
+    return [Path(line.removeprefix("Removing ")) for line in lines if line.startswith("Removing ")]

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 MAX_PIXELS = 64_000_000
@@ -31,6 +31,17 @@ READ_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")
 
 _DEEP = re.compile(r"(?<!BGR);16[BLN]?$")
 """Raw modes of 16 bits a channel; ``BGR;16`` has 16 bits a pixel."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets a picture of each EXIF orientation upright."""
 
 DARKEST_16_BIT = 16_383
 """The highest value of a picture of 16 bits that is taken for one of fewer, kept in 16: it would be nearly black."""
@@ -127,7 +138,7 @@ def _open_rgb(path: Path, data: io.BytesIO | None = None) -> Image.Image:
             if picture.width * picture.height > MAX_PIXELS:
                 raise _too_large(path)
             deep = any(_DEEP.search(_raw_mode(tile[3])) for tile in getattr(picture, "tile", ()))
-            turned = ImageOps.exif_transpose(picture)
+            turned = upright(picture)
             if deep and turned.mode in ("LA", "RGB", "RGBA"):  # Pillow keeps the upper 8 of each 16 bits
                 _refuse_too_dark(path, turned)
             return _to_rgb(path, turned)
@@ -141,10 +152,25 @@ def _open_rgb(path: Path, data: io.BytesIO | None = None) -> Image.Image:
         ValueError,
         EOFError,
         NotImplementedError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
         struct.error,
         zlib.error,
-    ) as error:
+    ) as error:  # what Pillow raises over data that are not what their header says
         raise _unreadable(path, error) from error
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """A copy of a picture as its EXIF orientation wants it seen, without Pillow's writing the rest of its EXIF anew.
+
+    That fails where another tag is of a type that is not the standard's, which says nothing of the pixels.
+    """
+    picture.load()
+    orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return picture.copy() if turn is None else picture.transpose(turn)
 
 
 def _raw_mode(arguments: object) -> str:

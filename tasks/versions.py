@@ -6,10 +6,12 @@
 
 A pointer is what ``dvc add`` would have written: git keeps it, ``dvc push`` and ``dvc pull`` carry what it names. It
 is written after each sealed epoch by the run itself, however the run was started. Objects have their content's
-name and are links to files that are whole already, so runs at once need no lock. DVC itself is imported only to find its
-cache and to reach a remote.
+name and are links to files that are whole already, or copies that are given it when they are. A lock of the repository
+keeps who deletes what no pointer names away from objects that have no pointer yet. DVC itself is imported only to find
+its cache and to reach a remote.
 """
 
+import configparser
 import json
 import logging
 import os
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
-from tasks.disk import writing
+from tasks.disk import Lock, writing
 from tasks.records import Digest, Frozen
 from tasks.store import StoreError, digest_of, directory_object, link, write_atomic
 
@@ -85,27 +87,61 @@ class Versions:
             StoreError: the folder is empty, or something else has its pointer's name.
             DiskError: the cache's disk is full, fails or is read-only; the run's folder is whole.
         """
-        entries, size = [], 0
-        with writing(self._cache):
-            for file in self._own(folder):
-                entry = Entry(md5=self._kept(file), relpath=file.relative_to(folder).as_posix())
-                entries.append(entry)
-                size += file.stat().st_size
+        known = {file: self._digested(file) for file in self._own(folder)}
+        entries = [
+            Entry(md5=digest, relpath=file.relative_to(folder).as_posix())
+            for file, (_, digest) in known.items()
+        ]
         if not entries:
             raise StoreError(f"{folder} is empty: there is nothing to keep")
         digest, text = directory_object([entry.model_dump() for entry in entries])
-        if not self._is_whole(digest):
-            listing = folder.with_name(f".{folder.name}.listing.tmp")  # where only this run writes
-            write_atomic(listing, text)
+        with self.alone():
             with writing(self._cache):
-                self._put(listing, digest)
-            listing.unlink()
-        pointer = pointer_of(folder)
-        if not pointer.is_file() or read_pointer(pointer).digest != digest:
-            out = {"md5": digest, "size": size, "nfiles": len(entries), "hash": "md5", "path": folder.name}
-            said = yaml.safe_dump({"outs": [out], "meta": dict(meta)}, sort_keys=False, allow_unicode=True)
-            write_atomic(pointer, said)
+                for file, stamped in known.items():
+                    if self._known.get(file) != stamped:
+                        self._put(file, stamped[1])
+            if not self._is_whole(digest):
+                listing = folder.with_name(f".{folder.name}.listing.tmp")  # where only this run writes
+                write_atomic(listing, text)
+                with writing(self._cache):
+                    self._put(listing, digest)
+                listing.unlink()
+            pointer = pointer_of(folder)
+            if not pointer.is_file() or read_pointer(pointer).digest != digest:
+                size = sum(stamp[1] for stamp, _ in known.values())
+                out = {
+                    "md5": digest,
+                    "size": size,
+                    "nfiles": len(entries),
+                    "hash": "md5",
+                    "path": folder.name,
+                }
+                said = yaml.safe_dump(
+                    {"outs": [out], "meta": dict(meta)}, sort_keys=False, allow_unicode=True
+                )
+                write_atomic(pointer, said)
+        self._known = known
         return digest
+
+    def alone(self) -> Lock:
+        """The lock under which objects get their pointer, and those that have none are deleted."""
+        return Lock(self.repository / ".dvc" / "tmp" / "fscil.lock")
+
+    @property
+    def has_commits(self) -> bool:
+        """Whether DVC sees the commits of a git repository around."""
+        config = configparser.ConfigParser(interpolation=None)
+        with suppress(configparser.Error):  # which DVC itself will complain of
+            config.read([self.repository / ".dvc" / "config", self.repository / ".dvc" / "config.local"])
+        without = config.getboolean("core", "no_scm", fallback=False)
+        return not without and any(
+            (place / ".git").exists() for place in (self.repository, *self.repository.parents)
+        )
+
+    def pointer_to(self, objects: Iterable[Path]) -> Pointer | None:
+        """A pointer of this checkout that names one of some objects of the cache."""
+        named = {os.path.realpath(path) for path in objects}
+        return next((p for p in self.pointers() if os.path.realpath(self._object(p.digest)) in named), None)
 
     def copy_in(self, folder: Path) -> bool:
         """Let the cache have a folder that its pointer names as it is, as copies, so that it may be changed later.
@@ -141,15 +177,12 @@ class Versions:
                 )
                 self._left_out.add(path)
 
-    def _kept(self, file: Path) -> Digest:
-        """The digest of a file that is in the cache from now on."""
+    def _digested(self, file: Path) -> tuple[_Stamp, Digest]:
+        """What a file holds, read again if it may have changed since it was put into the cache."""
         status = file.stat()
         stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
-        if (known := self._known.get(file)) is None or known[0] != stamp:
-            known = (stamp, digest_of(file))
-            self._put(file, known[1])
-            self._known[file] = known
-        return known[1]
+        known = self._known.get(file)
+        return known if known is not None and known[0] == stamp else (stamp, digest_of(file))
 
     def _put(self, file: Path, digest: Digest) -> None:
         """Make a file an object, by a second name at once, so that a kill leaves a whole object or none."""

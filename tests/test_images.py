@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from tasks.images import (
     UnreadableImageError,
@@ -21,6 +21,7 @@ from tasks.images import (
     to_data_url,
     to_greyscale,
     to_uint8,
+    upright,
 )
 
 RED = torch.tensor([1.0, 0.0, 0.0])
@@ -86,6 +87,48 @@ def test_exif_orientation_is_applied(tmp_path):
     exif[0x0112] = 6  # turn a quarter clockwise to view
     path = save(picture, tmp_path / "a.jpg", exif=exif)
     assert load_image(path, None).shape == (3, 16, 8)
+
+
+def tiff_tags(*tags):
+    """An EXIF block of a quarter turn and of other tags as (number, type, count, value), standard or not."""
+    entries = sorted([(0x0112, 3, 1, 6), *tags])
+    listed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return (
+        b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + listed + struct.pack("<I", 0) + b"\xff" * 16
+    )
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        (0x0131, 5, 1, 38),
+        (0x0131, 11, 1, 0),
+        (0x011A, 2, 3, 0x003237),
+        (0x8769, 16, 1, 38),
+        (0x0112, 2, 2, 0x36),
+    ],
+    ids=[
+        "a rational program",
+        "a float",
+        "a resolution in words",
+        "an enormous pointer",
+        "an orientation in words",
+    ],
+)
+def test_odd_exif_says_nothing_of_the_pixels(tmp_path, tag):
+    picture = Image.new("RGB", (16, 8), (255, 0, 0))
+    path = save(picture, tmp_path / "a.jpg", exif=tiff_tags(tag))
+    assert load_image(path, None).shape in ((3, 16, 8), (3, 8, 16))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_set_upright_as_pillow_does(orientation):
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (file := io.BytesIO()).name = "a.png"
+    Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).save(file, exif=exif)
+    assert upright(Image.open(file)).tobytes() == ImageOps.exif_transpose(Image.open(file)).tobytes()
 
 
 def test_size_takes_the_centre_square(tmp_path):

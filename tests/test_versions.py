@@ -1,9 +1,13 @@
 """Runs kept in DVC's cache: once by content, with the ids that DVC itself would give, carried by its own push and pull."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -108,6 +112,47 @@ def test_what_is_being_written_is_not_kept(here: Path) -> None:
     assert versions is not None
     digest = versions.keep(run, {})
     assert [entry.relpath for entry in versions.entries(digest) if "tmp" in entry.relpath] == []
+
+
+def test_what_is_kept_has_its_pointer_before_others_may_delete(here: Path) -> None:
+    versions = Versions.around(run := run_in(here, config="one"))
+    assert versions is not None
+    thread = threading.Thread(target=versions.keep, args=[run, {}])
+    with versions.alone():
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+        assert list((here / ".dvc" / "cache").rglob("*.dir")) == []
+    thread.join(30)
+    assert read_pointer(pointer_of(run)).digest == digest_of(run)
+
+
+def test_a_copy_has_its_name_when_it_is_whole(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no links: another disk."""
+    versions = Versions.around(run := run_in(here, config="one"))
+    assert versions is not None
+    copies, copy = [], shutil.copy2
+
+    def link(*_: object) -> NoReturn:
+        raise OSError(errno.EXDEV, "another disk")
+
+    def breaks_off(source: Path, target: Path) -> None:
+        copies.append(Path(target).name)
+        copy(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", link)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copy2", breaks_off)
+        with pytest.raises(KeyboardInterrupt):
+            versions.keep(run, {})
+    (name,) = copies
+    assert name.startswith(".")
+    assert name.endswith(".tmp")
+    assert [path for path in (here / ".dvc" / "cache").rglob("*") if path.is_file()] == []
+    digest = versions.keep(run, {})
+    assert versions.restore(versions.entries(digest), here / "there") == 1
+    assert [path.name for path in (here / "there").iterdir()] == ["config"]
 
 
 def test_a_truncated_object_is_replaced(here: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from tasks.images import save_png
+from tasks.store import clear_leftovers
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TRAIN_PER_CLASS = 400
@@ -36,16 +37,19 @@ def write_digits(root: Path) -> None:
         return
     _refuse_foreign_files(root)
     images, labels = _mnist()
-    partial = root.with_name(f".{root.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    for split in ("train", "test"):
-        for class_name in CLASS_NAMES:
-            (partial / split / class_name).mkdir(parents=True)
-    for name, index in _file_names(images, labels):
-        pixels = torch.from_numpy(images[index]).reshape(1, SIDE, SIDE)
-        save_png(pixels / 255.0, partial / name)
-    shutil.rmtree(root, ignore_errors=True)
-    partial.rename(root)
+    clear_leftovers(root.parent.glob(f".{root.name}.*.tmp"))
+    partial = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    try:
+        for split in ("train", "test"):
+            for class_name in CLASS_NAMES:
+                (partial / split / class_name).mkdir(parents=True)
+        for name, index in _file_names(images, labels):
+            pixels = torch.from_numpy(images[index]).reshape(1, SIDE, SIDE)
+            save_png(pixels / 255.0, partial / name)
+        shutil.rmtree(root, ignore_errors=True)
+        partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _mnist() -> tuple[np.ndarray, np.ndarray]:

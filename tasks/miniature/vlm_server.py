@@ -43,7 +43,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from tasks.images import MAX_PIXELS, READ_FORMATS
+from tasks.images import MAX_PIXELS, READ_FORMATS, upright
 from tasks.miniature.captions import (
     ATTRIBUTES,
     CATEGORIES,
@@ -233,7 +233,7 @@ def decode_image(url: object) -> Tensor:
         with Image.open(io.BytesIO(data), formats=READ_FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise _bad_image(f"the image has {picture.width} x {picture.height} pixels, too many")
-            rgba = ImageOps.exif_transpose(picture).convert("RGBA")
+            rgba = upright(picture).convert("RGBA")
     except (
         binascii.Error,
         OSError,

@@ -1,3 +1,6 @@
+import errno
+import subprocess
+
 import numpy as np
 import pytest
 
@@ -48,6 +51,22 @@ def test_an_incomplete_folder_is_made_again(tmp_path):
     digits.write_digits(tmp_path / "digits")
     assert digest_of(tmp_path / "digits") == whole
     assert [p.name for p in tmp_path.iterdir()] == ["digits"]
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_half_made_is_cleared_away(tmp_path, monkeypatch):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".digits.{dead.pid}.tmp" / "train").mkdir(parents=True)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(digits, "save_png", full)
+        with pytest.raises(OSError, match="no space"):
+            digits.write_digits(tmp_path / "digits")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("small")

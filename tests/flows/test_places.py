@@ -38,6 +38,27 @@ def test_what_a_linked_run_folder_points_to_is_never_deleted(finished: Place, tm
     assert digest_of(elsewhere) == before
 
 
+def test_a_replacement_that_is_interrupted_leaves_nothing_of_the_old_run_under_the_new_settings(
+    finished: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, run = Place(tmp_path), Place(tmp_path).run("guided")
+    shutil.copytree(finished.run("guided"), run)
+
+    def interrupted(path: Path) -> None:
+        if path.exists():
+            (path / "config.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flows.experiment.remove", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            change(place, "runtime.replace=true")
+    assert [path.name for path in run.parent.iterdir()] == [".seed-0.replaced.tmp"], (
+        "the next start clears it away"
+    )
+    change(place)
+
+
 def test_nothing_is_restored_through_a_linked_run_folder(tmp_path: Path) -> None:
     place, elsewhere = Place(made(tmp_path / "place")), tmp_path / "elsewhere"
     run = place.run("guided")

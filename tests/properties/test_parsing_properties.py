@@ -247,7 +247,7 @@ def pictures() -> list[bytes]:
     """Small pictures of every kind that is read, one with an orientation, one animated, one of 16 bits."""
     noise = np.random.default_rng(0).integers(0, 255, (9, 13, 3), dtype=np.uint8)
     rgb, exif = Image.fromarray(noise), Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112], exif[0x0131], exif[0x011A] = 6, "a program", 72.0
     deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
     kinds: list[tuple[Image.Image, str, dict[str, object]]] = [
         *((rgb, kind, {}) for kind in ("PNG", "GIF", "BMP", "TIFF", "WEBP")),
