@@ -25,8 +25,8 @@ def stage_progress(stage: str, place: str, clock: Callable[[], float] = time.mon
 class _StageProgress:
     """Costs a clock's reading a call; each few seconds one request. A server that fails ends it, not the stage.
 
-    Nor does one that hangs hold it up: who tells may be a loop to which paid answers are on their way. Only what is
-    complete is shown before the stage goes on.
+    Nor does one that hangs hold it up, in whose loop paid answers may be on their way: a thread of its own asks, for the
+    latest that it was told.
     """
 
     def __init__(self, stage: str, place: str, clock: Callable[[], float]) -> None:
@@ -34,31 +34,42 @@ class _StageProgress:
         self._due = clock() + AFTER_S
         self._context = copy_context()  # the task's run, for threads that know of none
         self._lock = threading.Lock()
+        self._next: tuple[str, int, int] | None = None
+        self._sending = self._begun = False
         self._artifact: UUID | None = None
-        self._begun = False
 
     def tell(self, phase: str, done: int, total: int) -> None:
         """Show it if it is time to, and where a shown stage or phase is complete."""
         complete = self._begun and done >= total
-        if (self._clock() < self._due and not complete) or not self._lock.acquire(blocking=complete):
+        if self._clock() < self._due and not complete:
             return
-        self._due = max(self._due, self._clock() + EVERY_S)
-        if complete:
-            self._send(phase, done, total)
-        else:
+        with self._lock:
+            self._next, sending, self._sending = (phase, done, total), self._sending, True
+        if not sending:
             self._begun = True
-            threading.Thread(target=self._send, args=(phase, done, total), daemon=True).start()
+            try:
+                threading.Thread(target=self._send, daemon=True).start()
+            except RuntimeError as error:  # no more threads
+                self._end(error)
 
-    def _send(self, phase: str, done: int, total: int) -> None:
-        """Show it and release the lock, which who calls has taken."""
-        try:
-            if self._begun:
-                self._context.run(self._show, phase, done, total)
-        except Exception as error:  # whatever a server or the way to it may raise: the stage is worth more
-            self._due, self._begun = float("inf"), False
-            log.warning("Prefect takes no progress of %s (%s: %s)", self._stage, type(error).__name__, error)
-        finally:
-            self._lock.release()
+    def _send(self) -> None:
+        while True:
+            with self._lock:
+                told, self._next = self._next, None
+                self._sending = told is not None
+            if told is None:
+                return
+            try:
+                self._context.run(self._show, *told)
+                self._due = self._clock() + EVERY_S
+            except (
+                Exception
+            ) as error:  # whatever a server or the way to it may raise: the stage is worth more
+                return self._end(error)
+
+    def _end(self, error: Exception) -> None:
+        log.warning("Prefect takes no progress of %s (%s: %s)", self._stage, type(error).__name__, error)
+        self._due, self._begun = float("inf"), False
 
     def _show(self, phase: str, done: int, total: int) -> None:
         said = f"{self._place}: {self._stage}{f', {phase}' if phase else ''} {done:,}/{total:,}"

@@ -285,9 +285,9 @@ class Tracker:
 
     @_guarded
     def stop(self) -> None:
-        """End the parent and its sessions, where they are open, as KILLED: nobody knows why the run stopped."""
-        if self._runs.client.get_run(self._parent).info.status == "RUNNING":
-            self._stop("KILLED")
+        """End the parent and its open sessions as KILLED, as nobody knows why it stopped; unless it failed before."""
+        status = self._runs.client.get_run(self._parent).info.status
+        self._stop(status if status == "FAILED" else "KILLED")
 
     def _stop(self, status: str) -> None:
         for child in self._runs.search(f"tags.`mlflow.parentRunId` = '{self._parent}'"):

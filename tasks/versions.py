@@ -95,11 +95,15 @@ class Versions:
         if not entries:
             raise StoreError(f"{folder} is empty: there is nothing to keep")
         digest, text = directory_object([entry.model_dump() for entry in entries])
+        new = [(file, stamped[1]) for file, stamped in known.items() if self._known.get(file) != stamped]
+        with writing(self._cache):
+            for file, md5 in new:
+                self._put(file, md5)
         with self.alone():
             with writing(self._cache):
-                for file, stamped in known.items():
-                    if self._known.get(file) != stamped:
-                        self._put(file, stamped[1])
+                for file, md5 in new:
+                    if not self._object(md5).exists():  # somebody has deleted what had no pointer yet
+                        self._put(file, md5)
             if not self._is_whole(digest):
                 listing = folder.with_name(f".{folder.name}.listing.tmp")  # where only this run writes
                 write_atomic(listing, text)

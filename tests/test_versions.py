@@ -123,7 +123,9 @@ def test_what_is_kept_has_its_pointer_before_others_may_delete(here: Path) -> No
         thread.join(0.5)
         assert thread.is_alive()
         assert list((here / ".dvc" / "cache").rglob("*.dir")) == []
+        shutil.rmtree(here / ".dvc" / "cache" / "files")  # as unnamed
     thread.join(30)
+    assert len([path for path in (here / ".dvc" / "cache").rglob("*") if path.is_file()]) == 2
     assert read_pointer(pointer_of(run)).digest == digest_of(run)
 
 

@@ -39,6 +39,9 @@ def write_digits(root: Path) -> None:
     images, labels = _mnist()
     clear_leftovers(root.parent.glob(f".{root.name}.*.tmp"))
     partial = root.with_name(f".{root.name}.{os.getpid()}.tmp")
+    shutil.rmtree(
+        partial, ignore_errors=True
+    )  # in a container the process before may have had the same number
     try:
         for split in ("train", "test"):
             for class_name in CLASS_NAMES:

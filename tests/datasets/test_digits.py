@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 
 import numpy as np
@@ -57,7 +58,8 @@ def test_an_incomplete_folder_is_made_again(tmp_path):
 def test_what_is_half_made_is_cleared_away(tmp_path, monkeypatch):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (tmp_path / f".digits.{dead.pid}.tmp" / "train").mkdir(parents=True)
+    for pid in (dead.pid, os.getpid()):
+        (tmp_path / f".digits.{pid}.tmp" / "train" / "one").mkdir(parents=True)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "no space left")

@@ -1,6 +1,7 @@
 """Progress in Prefect: none of a short stage, few updates of a long one, and no server's fault stops a stage."""
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
@@ -50,6 +51,7 @@ def test_a_long_stage_is_shown_from_any_thread_and_ends_full(prefect_server: Non
         other.start()
         other.join()
         told("", 1000, 1000)
+        settled(told)
 
     (shown,) = shown_by(drawing)
     assert (shown.key, shown.type, shown.data) == ("progress-drawing", "progress", 100)
@@ -68,8 +70,10 @@ def test_a_short_stage_leaves_no_artifact(prefect_server: None) -> None:
 
 def settled(told: Told) -> None:
     """Wait for what is shown beside the stage."""
-    with told.__self__._lock:  # type: ignore[attr-defined]
-        pass
+    shown, until = told.__self__, time.monotonic() + 60  # type: ignore[attr-defined]
+    while shown._sending and shown._due < float("inf"):
+        assert time.monotonic() < until
+        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -119,7 +123,7 @@ def test_a_server_that_fails_is_asked_once_and_the_stage_goes_on(
     ]
 
 
-def test_a_server_that_hangs_holds_the_stage_up_at_its_end_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the answers that arrive meanwhile would be too late, and be paid for again."""
     answers, sent = threading.Event(), []
 
@@ -135,7 +139,24 @@ def test_a_server_that_hangs_holds_the_stage_up_at_its_end_alone(monkeypatch: py
     for done in range(1, 10):
         clock.now += AFTER_S
         told("", done, 10)
-    assert sent == []
-    threading.Timer(0.2, answers.set).start()
     told("", 10, 10)
+    assert sent == []
+    answers.set()
+    settled(told)
     assert sent == [10.0, 100.0]
+
+
+def test_where_no_thread_can_be_started_the_stage_goes_on(
+    asked: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    clock = Clock()
+    told = stage_progress("tuning", "session 0 epoch 0", clock)
+    for done in range(1, 11):
+        clock.now += AFTER_S
+        told("", done, 10)
+    assert asked == []
+    assert len(caplog.records) == 1

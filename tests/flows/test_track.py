@@ -79,6 +79,7 @@ def test_a_run_that_failed_stays_so_when_it_is_told_again(finished: Place, tmp_p
     shutil.copytree(finished.root / "runs", runs)
     run = runs / "digits" / "guided" / "seed-0"
     (run / "experiment.json").unlink()
+    last = (run / "session-02").rename(tmp_path / "session-02")
     list(track(runs, finished.root / "state", settings))
     client = MlflowClient(settings.uri)
     (parent,) = client.search_runs(
@@ -86,8 +87,12 @@ def test_a_run_that_failed_stays_so_when_it_is_told_again(finished: Place, tmp_p
     )
     client.set_terminated(parent.info.run_id, "FAILED")
     client.set_tag(parent.info.run_id, ERROR_TAG, "ValueError: session 1: diverged")
+    (last / "record.json").unlink()
+    last.rename(run / "session-02")  # it went on without MLflow
     list(track(runs, finished.root / "state", settings))
     again = client.get_run(parent.info.run_id)
+    found = client.search_runs([parent.info.experiment_id])
+    assert {one.info.status for one in found} == {"FAILED", "FINISHED"}, "none is left running"
     assert again.info.status == "FAILED"
     assert again.data.tags[ERROR_TAG] == "ValueError: session 1: diverged"
 
