@@ -182,7 +182,7 @@ def signs_of(place: Place, moment: str) -> set[tuple[Path, int]]:
 
 def made(root: Path) -> Path:
     """A folder with a DVC repository of its own."""
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"DO_NOT_TRACK": "1"}
     command = [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"]
     subprocess.run(command, cwd=root, env=environment, check=True)

@@ -22,8 +22,8 @@ from tests.storm import leftovers, made
 
 @pytest.fixture
 def place(finished: Place, tmp_path: Path) -> Place:
-    """A copy of a finished run, in a DVC repository."""
-    copy = Place(made(tmp_path / "place"))
+    """A copy of a finished run, outside of any DVC repository."""
+    copy = Place(tmp_path / "place")
     for name in ("state", "runs"):
         shutil.copytree(finished.root / name, copy.root / name)
     shutil.rmtree(copy.root / "state" / "results")  # they name the original's
@@ -44,6 +44,7 @@ def in_git(top: Path, root: Path) -> Callable[..., None]:
 
 
 def test_a_run_that_was_moved_to_another_disk_and_linked_is_no_garbage(place: Place, tmp_path: Path) -> None:
+    made(place.root)
     runs, state = place.root / "runs", place.root / "state"
     assert garbage(runs, state, -1).stages == ()
     elsewhere = (runs / "digits").rename(tmp_path / "another disk")
@@ -100,7 +101,7 @@ def test_checkouts_that_share_a_state_through_links_have_a_note_each(place: Plac
         note_results(checkout / "state", checkout / "runs")
     for checkout in checkouts:
         assert garbage(checkout / "runs", checkout / "state", -1).stages == ()
-    assert garbage(Path("runs"), shared, -1).stages == (), "by its own name too"
+    assert garbage(tmp_path / "none", shared, -1).stages == (), "by its own name too"
 
 
 def test_where_a_disk_is_to_be_mounted_there_are_no_results(place: Place) -> None:
@@ -117,8 +118,7 @@ def test_a_run_notes_where_its_results_are(finished: Place) -> None:
     assert str(finished.root / "runs") in note.read_text()
 
 
-@pytest.mark.parametrize("subfolder", [False, True])
-@pytest.mark.parametrize("tracked", [False, True])
+@pytest.mark.parametrize(("tracked", "subfolder"), [(False, False), (True, True)])
 def test_dvcs_cache_stays_where_git_hides_a_pointer_from_it(
     tracked: bool, subfolder: bool, tmp_path: Path
 ) -> None:
