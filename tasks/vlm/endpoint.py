@@ -233,9 +233,8 @@ class Endpoint:
             ),
         )
         client._custom_headers = {}  # OPENAI_CUSTOM_HEADERS may hold a key, of whoever, and would go to any address
-        if not f".{client.base_url.host}".endswith(
-            ".openai.com"
-        ):  # nor is it another's business who one is there
+        # nor is it another one's business who is meant at OpenAI
+        if not f".{client.base_url.host}".endswith(".openai.com"):
             client.organization = client.project = None
         parts = urlsplit(str(client.base_url))  # the library's own, where the settings name none
         self._address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"

@@ -118,6 +118,17 @@ def test_a_run_notes_where_its_results_are(finished: Place) -> None:
     assert str(finished.root / "runs") in note.read_text()
 
 
+def kept_in(runs: Path) -> tuple[Versions, Path]:
+    """A run's folder of one file, kept once, and what keeps it."""
+    run = runs / "digits" / "guided" / "seed-0"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    versions = Versions.around(run)
+    assert versions is not None
+    versions.keep(run, {})
+    return versions, run
+
+
 @pytest.mark.parametrize(("tracked", "subfolder"), [(False, False), (True, True)])
 def test_dvcs_cache_stays_where_git_hides_a_pointer_from_it(
     tracked: bool, subfolder: bool, tmp_path: Path
@@ -126,12 +137,7 @@ def test_dvcs_cache_stays_where_git_hides_a_pointer_from_it(
     root = top / "project" if subfolder else top
     root.mkdir(parents=True)
     git = in_git(top, root)
-    run = root / "runs-dev" / "digits" / "guided" / "seed-0"
-    run.mkdir(parents=True)
-    (run / "config.json").write_text("{}")
-    versions = Versions.around(run)
-    assert versions is not None
-    versions.keep(run, {})
+    versions, run = kept_in(root / "runs-dev")
     assert "0 objects" in garbage(root / "runs", root / "state", -1).cache, "the pointer names what is there"
     (root / ".gitignore").write_text("runs-dev/\n")
     said = garbage(root / "runs", root / "state", -1)
@@ -151,12 +157,7 @@ def test_what_another_commit_names_stays_in_a_project_that_is_a_part_of_a_reposi
     root = tmp_path / "place" / "project"
     root.mkdir(parents=True)
     git = in_git(tmp_path / "place", root)
-    run = root / "runs" / "digits" / "guided" / "seed-0"
-    run.mkdir(parents=True)
-    (run / "config.json").write_text("{}")
-    versions = Versions.around(run)
-    assert versions is not None
-    versions.keep(run, {})
+    _, run = kept_in(root / "runs")
     git("add", "-f", str(pointer_of(run)))
     git("commit", "-q", "-m", "kept")
     pointer_of(run).unlink()
